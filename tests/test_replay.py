@@ -1,0 +1,236 @@
+"""The batches of a replayable loader: the same whenever, wherever and by whomever they are made."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data.dataset import AugMixDataset
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from timm_kd.errors import UsageError
+from timm_kd.replay import ReplayMixup, make_replayable
+
+NUM_CLASSES, PER_CLASS, SIZE = 4, 9, 16
+NUM_SAMPLES = NUM_CLASSES * PER_CLASS
+
+
+@pytest.fixture(scope='module')
+def image_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    pixels = np.random.default_rng(0)
+    for class_index in range(NUM_CLASSES):
+        folder = root / 'train' / str(class_index)
+        folder.mkdir(parents=True)
+        for number in range(PER_CLASS):
+            Image.fromarray(pixels.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f'{number}.png')
+    return root
+
+
+def build(
+        root, workers=0, seed=1, world_size=1, rank=0, batch_size=8, aug_repeats=0, aug_splits=0, mixup=None, **kwargs,
+):
+    """A training loader of timm's, made replayable; ranks are played in one process by setting the sampler's."""
+    dataset = create_dataset('', root=str(root), split='train')
+    if aug_splits:
+        dataset = AugMixDataset(dataset, num_splits=aug_splits)
+    loader = create_loader(
+        dataset, (3, SIZE, SIZE), batch_size, is_training=True, num_workers=workers, device=torch.device('cpu'),
+        num_aug_splits=aug_splits, collate_fn=mixup, interpolation='random', **kwargs,
+    )
+    if world_size > 1 or aug_repeats:
+        inner = getattr(loader, 'loader', loader)
+        sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=aug_repeats, selected_round=0) \
+            if aug_repeats else DistributedSampler(dataset, world_size, rank)
+        sharded = DataLoader(
+            dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=inner.collate_fn, drop_last=True,
+        )
+        if inner is loader:
+            loader = sharded
+        else:
+            loader.loader = sharded
+    return make_replayable(loader, seed)
+
+
+def read(loader, epoch=0, start_batch=0):
+    loader.batch_sampler.set_epoch(epoch, start_batch)
+    return [(x.clone(), y.clone()) for x, y in loader]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True)
+    )
+
+
+def mixup_of(mode, cls=FastCollateMixup):
+    return cls(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.8, mode=mode, num_classes=NUM_CLASSES)
+
+
+PIPELINES = {
+    'jitter, erasing on the device': dict(re_prob=0.6, re_mode='pixel', vflip=0.3, color_jitter=0.4),
+    'jitter, erasing on the host': dict(re_prob=0.6, re_mode='rand', use_prefetcher=False),
+    'RandAugment, split erasing': dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.6, re_mode='rand', re_split=True),
+    'AutoAugment, blur, grayscale': dict(auto_augment='original-mstd0.5', gaussian_blur_prob=0.5, grayscale_prob=0.5),
+    'AugMix splits': dict(auto_augment='augmix-m5-w4-d2', aug_splits=3, re_prob=0.6, re_mode='pixel', re_split=True),
+    'Mixup batch': dict(mixup='batch', re_prob=0.6, re_mode='pixel'),
+    'Mixup elem': dict(mixup='elem'),
+    'Mixup pair': dict(mixup='pair'),
+    'Mixup half': dict(mixup='half', re_prob=0.6, re_mode='pixel'),
+    'one set of workers for all epochs': dict(use_multi_epochs_loader=True),
+    'resolution schedule': dict(input_size_choices=[16, 24], batch_size_choices=[8, 4]),
+    'random crop or pad': dict(train_crop_mode='rkrr'),
+}
+
+
+@pytest.mark.parametrize('pipeline', PIPELINES)
+def test_batches_do_not_depend_on_workers_their_age_or_the_process_wide_streams(image_folder, pipeline):
+    settings = dict(PIPELINES[pipeline])
+    if 'mixup' in settings:
+        settings['mixup'] = mixup_of(settings['mixup'])
+    torch.manual_seed(3)
+    in_process = build(image_folder, **settings)
+    expected = [read(in_process, epoch) for epoch in range(3)]
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    with_workers = build(image_folder, workers=2, **settings)
+
+    assert same(read(with_workers, 2), expected[2])  # fresh workers
+    assert same(read(with_workers, 1), expected[1])  # the same workers, older
+    assert not same(expected[0], expected[1])
+
+
+def test_mixup_of_the_training_loop_depends_on_the_batch_alone(image_folder):
+    def run(workers):
+        loader = build(image_folder, workers=workers, use_prefetcher=False)
+        mixup_fn = ReplayMixup(mixup_of('elem', Mixup), loader)
+        loader.batch_sampler.set_epoch(4)
+        return [mixup_fn(x, y) for x, y in loader]
+
+    expected = run(workers=0)
+    np.random.seed(99)
+    assert same(run(workers=2), expected)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resuming_inside_an_epoch_continues_with_the_batches_left(image_folder, workers):
+    settings = dict(mixup=mixup_of('pair'), re_prob=0.6, re_mode='pixel')
+    whole = read(build(image_folder, **settings), epoch=3)
+    resumed = build(image_folder, workers=workers, **settings)
+
+    assert same(read(resumed, epoch=3, start_batch=2), whole[2:])
+    assert len(resumed) == len(whole) == NUM_SAMPLES // 8
+    assert same(read(resumed, epoch=3), whole)
+
+
+@pytest.mark.parametrize('world_size', [2, 4])
+def test_a_global_batch_holds_the_same_samples_and_pixels_for_any_world_size(image_folder, world_size):
+    settings = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.6, re_mode='pixel')
+    whole = read(build(image_folder, batch_size=8, **settings), epoch=1)
+    ranks = [
+        read(build(image_folder, world_size=world_size, rank=rank, batch_size=8 // world_size, **settings), epoch=1)
+        for rank in range(world_size)
+    ]
+    dealt = [
+        tuple(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*batches, strict=True))
+        for batches in zip(*ranks, strict=True)
+    ]
+    assert same(dealt, whole)
+
+
+def test_ranks_mix_under_different_draws(image_folder):
+    lam = [
+        read(build(image_folder, world_size=2, rank=rank, mixup=mixup_of('elem')), epoch=1)[0][1].amax(1)
+        for rank in range(2)
+    ]
+    assert not torch.equal(*lam)
+
+
+def test_without_mixup_a_sample_has_the_same_pixels_in_any_batch_size(image_folder):
+    settings = dict(re_prob=0.6, re_mode='pixel')
+    by_four = read(build(image_folder, batch_size=4, **settings))
+    by_twelve = read(build(image_folder, batch_size=12, **settings))
+    assert torch.equal(torch.cat([x for x, _ in by_four]), torch.cat([x for x, _ in by_twelve]))
+
+
+def test_another_seed_gives_another_order_and_other_pixels(image_folder):
+    order = [build(image_folder, seed=seed).batch_sampler.rows(0)[0].tolist() for seed in (1, 2)]
+    assert order[0] != order[1]
+    datasets = [build(image_folder, seed=seed).loader.dataset for seed in (1, 2)]
+    key = next(iter(build(image_folder).batch_sampler))
+    assert not np.array_equal(*(dataset.__getitems__(key)[0][0] for dataset in datasets))
+
+
+def test_an_epoch_holds_each_sample_once_and_the_next_shuffles_anew(image_folder):
+    sampler = build(image_folder, batch_size=12).batch_sampler
+    orders = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        orders.append([index for key in sampler for index in key.samples])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(NUM_SAMPLES))
+    assert orders[0] != orders[1]
+
+
+def test_copies_of_a_repeated_sample_are_augmented_apart(image_folder):
+    loaders = [build(image_folder, aug_repeats=3, world_size=3, rank=rank, batch_size=4) for rank in range(3)]
+    batches = [read(loader)[0] for loader in loaders]
+    indices = [loader.batch_sampler.rows(0)[0] for loader in loaders]
+    assert indices[0].tolist() == indices[1].tolist() == indices[2].tolist()
+    assert all(
+        not torch.equal(batches[a][0][row], batches[b][0][row]) for a, b in [(0, 1), (0, 2), (1, 2)] for row in range(4)
+    )
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loading_draws_nothing_from_the_process_wide_streams(image_folder, workers):
+    loader = build(image_folder, workers, mixup=mixup_of('batch'), re_prob=0.9, re_mode='pixel', auto_augment='augmix')
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    read(loader)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_mixup_turned_off_between_epochs_stops_in_living_workers(image_folder, workers):
+    loader = build(image_folder, workers, mixup=FastCollateMixup(label_smoothing=0.0, num_classes=NUM_CLASSES))
+    mixed = read(loader, epoch=0)
+    loader.mixup_enabled = False
+    plain = read(loader, epoch=1)
+    assert any((y.amax(1) < 1).any() for _, y in mixed)
+    assert all((y.amax(1) == 1).all() for _, y in plain)
+
+
+def test_rows_name_the_samples_of_a_batch_before_it_is_loaded(image_folder):
+    loader = build(image_folder, world_size=2, rank=1, batch_size=4)
+    loader.batch_sampler.set_epoch(2)
+    rows = [loader.batch_sampler.rows(batch) for batch in range(len(loader))]
+    for (_, target), (indices, _) in zip(loader, rows, strict=True):
+        assert target.tolist() == (indices // PER_CLASS).tolist()
+    assert np.concatenate([positions for _, positions in rows]).tolist() == list(range(1, 2 * 4 * len(loader), 2))
+
+
+def test_erasing_keeps_its_rate_and_its_unit_normal_pixels(image_folder):
+    loader = build(image_folder, batch_size=36, no_aug=False, re_prob=0.5, re_mode='pixel')
+    plain = build(image_folder, batch_size=36)
+    changed, pixels = [], []
+    for epoch in range(6):
+        (erased, _), (whole, _) = read(loader, epoch)[0], read(plain, epoch)[0]
+        mask = (erased != whole)
+        changed += mask.flatten(1).any(1).tolist()
+        pixels.append(erased[mask])
+    pixels = torch.cat(pixels)
+    assert 0.4 < np.mean(changed) < 0.6  # 216 rows, sigma 0.034
+    assert abs(pixels.mean()) < 0.03 and abs(pixels.std() - 1) < 0.03
+
+
+def test_an_iterable_data_set_is_refused_by_the_flags_name():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(UsageError, match=r'--replayable-data.*Stream is iterable'):
+        make_replayable(DataLoader(Stream()), seed=0)
