@@ -1,0 +1,133 @@
+"""The numerics the losses share: softmax, the split into labels and rest, standardisation.
+
+Everything here is per row of `[B, C]` logits in float32 or wider, and row quantities keep their dimension: `[B, 1]`.
+Upper half: plain formulas, differentiable any number of times. Lower half: the same in as few passes over memory as
+eager kernels allow, on buffers of our own, written in place.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+
+from .targets import Labels
+
+# A logit whose probability is 0. Finite, so that 0 * it is 0 and a row of nothing else is not NaN.
+NEGLIGIBLE = -1e30
+
+
+def soften_teacher(teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`teacher / temperature` in a new buffer, with masked (-inf) classes made negligible."""
+    return (teacher * (1 / temperature)).clamp_(min=NEGLIGIBLE)
+
+
+def has_term(teacher: torch.Tensor, labels: Labels) -> torch.Tensor:
+    """1 for rows with a distillation term, 0 where the teacher lacks (-inf) a class of the row, `[B, 1]`."""
+    return (teacher.gather(1, labels.index) != -math.inf).all(1, keepdim=True).to(teacher.dtype)
+
+
+def standardize(logits: torch.Tensor) -> torch.Tensor:
+    """Standardise each row: `(z - mean) / (1e-7 + std)`, unbiased std (Sun et al. 2024, arXiv 2403.01427)."""
+    centered = logits - logits.mean(1, keepdim=True)
+    return centered / (1e-7 + _std(centered))
+
+
+def _std(centered: torch.Tensor) -> torch.Tensor:
+    # torch.std takes ten times as long on the CPU, and its gradient is no better at 0.
+    return torch.linalg.vector_norm(centered, dim=1, keepdim=True) / math.sqrt(centered.shape[1] - 1)
+
+
+def log_split(logits: torch.Tensor, labels: Labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the partition {rest, label, ...} and, within the rest, of its classes.
+
+    The rest is every class that is no label of its row. Its share is a logsumexp over those classes alone, never 1
+    minus something.
+
+    Returns:
+        `[B, 1 + K]` (the rest first; a label that is not present is negligible) and `[B, C]` (negligible at labels).
+    """
+    rest = logits.scatter(1, labels.index, NEGLIGIBLE)
+    parts = _log_parts(rest.logsumexp(1, keepdim=True), logits.gather(1, labels.index), labels)
+    return parts, rest.log_softmax(1)
+
+
+def _log_parts(rest: torch.Tensor, at_labels: torch.Tensor, labels: Labels) -> torch.Tensor:
+    at_labels = torch.where(labels.present(), at_labels, NEGLIGIBLE)
+    return torch.cat([rest, at_labels], dim=1).log_softmax(1)
+
+
+def has_rest(log_parts: torch.Tensor) -> torch.Tensor:
+    """1 for rows with a class outside their labels, 0 where all others are masked or there are none, `[B, 1]`."""
+    return (log_parts[:, :1] > NEGLIGIBLE / 2).to(log_parts.dtype)
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`KL(p || q)` of each row from log-probabilities, `[B, 1]`."""
+    return (log_p.exp() * (log_p - log_q)).sum(1, keepdim=True)
+
+
+class Softmax(NamedTuple):
+    """The softmax of each row, and what its logsumexp is made of: `top - log(peak)`.
+
+    Attributes:
+        probs: `[B, C]`.
+        top: The largest logit, `[B, 1]`.
+        peak: Its probability, `[B, 1]`: one over the sum of exponentials of `logits - top`.
+    """
+    probs: torch.Tensor
+    top: torch.Tensor
+    peak: torch.Tensor
+
+    def logsumexp(self) -> torch.Tensor:
+        return self.top - self.peak.log()
+
+
+def softmax(logits: torch.Tensor) -> Softmax:
+    """Softmax of each row with its normaliser; `logits` is left as it is."""
+    probs = logits.softmax(1)
+    return Softmax(probs, logits.amax(1, keepdim=True), probs.amax(1, keepdim=True))
+
+
+class Split(NamedTuple):
+    """Each row split into its labels and the rest.
+
+    Attributes:
+        rest: The softmax over the classes that are no label; probabilities are 0 at the labels.
+        log_parts: Log-probabilities of the partition {rest, label, ...}, `[B, 1 + K]`, as `log_split` gives them.
+    """
+    rest: Softmax
+    log_parts: torch.Tensor
+
+    def has_rest(self) -> torch.Tensor:
+        return has_rest(self.log_parts)
+
+
+def split(logits: torch.Tensor, labels: Labels) -> Split:
+    """Split a buffer of our own: `logits` is overwritten with a negligible value at the labels."""
+    at_labels = logits.gather(1, labels.index)
+    rest = softmax(logits.scatter_(1, labels.index, NEGLIGIBLE))
+    return Split(rest, _log_parts(rest.logsumexp(), at_labels, labels))
+
+
+def teacher_cross_(logits: torch.Tensor, teacher: Softmax, student_logits: torch.Tensor, scale: float) -> torch.Tensor:
+    """`sum_i p_i (logits_i - scale * student_logits_i)` for each row, `[B, 1]`; consumes `logits`, the teacher's."""
+    return logits.sub_(student_logits, alpha=scale).mul_(teacher.probs).sum(1, keepdim=True)
+
+
+def kl_from_cross(cross: torch.Tensor, teacher: Softmax, student: Softmax) -> torch.Tensor:
+    """`KL(teacher || student)` of each row from `teacher_cross_`, `[B, 1]`.
+
+    The two logsumexps are never rounded on their own: at a high temperature both are near log(C), and the divergence
+    is smaller than their last digits.
+    """
+    return cross - (teacher.top - student.top) - (student.peak / teacher.peak).log()
+
+
+def standardize_backward_(gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Pull `d / d standardize(logits)` back to `d / d logits`, in place: through the mean and the deviation."""
+    centered = logits - logits.mean(1, keepdim=True)
+    std = _std(centered)
+    unit = centered.div_(1e-7 + std)
+    along = (gradient * unit).sum(1, keepdim=True)
+    along = torch.where(std > 0, along / ((logits.shape[1] - 1) * std), 0)
+    gradient.sub_(gradient.mean(1, keepdim=True)).div_(1e-7 + std)
+    return gradient.addcmul_(unit, along, value=-1)

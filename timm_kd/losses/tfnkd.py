@@ -1,0 +1,43 @@
+"""Teacher-free NKD (Yang et al. 2022, arXiv 2208.10139; ICCV 2023, arXiv 2303.13005)."""
+import torch
+
+from .base import DistillationLoss
+from .targets import Labels
+
+
+class TFNKDLoss(DistillationLoss):
+    """The student's own confidence as soft label: `D = -mean_b(w log p_t(z_s))`, `w = p_t + 1 - mean_b p_t`, detached.
+
+    Under Mixup the sum over both labels, `w_k = p_k + lam_k - mean p_k`; rows without a label k are out of its term and
+    of its mean. The mean is over the rows of this process. No hyper-parameter, no components, no teacher.
+    """
+    needs_teacher = False
+    accepts_teacher = False
+
+    def formula(self, student: torch.Tensor, teacher: None, labels: Labels) -> dict[str, torch.Tensor]:
+        log_p = student.log_softmax(1).gather(1, labels.index)
+        return {'kd_loss': _distill(log_p, _soft_labels(log_p.detach(), labels))}
+
+    def closed_form(
+            self,
+            student: torch.Tensor,
+            teacher: None,
+            labels: Labels,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        log_probs = student.log_softmax(1)
+        log_p = log_probs.gather(1, labels.index)
+        weight = _soft_labels(log_p, labels)
+        gradient = log_probs.exp_().mul_(weight.sum(1, keepdim=True)).scatter_add_(1, labels.index, -weight)
+        scale = torch.full_like(weight[:, :1], 1 / len(student))
+        return {'kd_loss': _distill(log_p, weight)}, gradient, scale
+
+
+def _soft_labels(log_p: torch.Tensor, labels: Labels) -> torch.Tensor:
+    present = labels.present().to(log_p.dtype)
+    p = log_p.exp() * present
+    mean = p.sum(0) / present.sum(0).clamp(min=1)  # with no row that has a second label, its term is 0
+    return present * (p + labels.weight - mean)
+
+
+def _distill(log_p: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return -(weight * log_p).sum(1).mean()
