@@ -1,0 +1,522 @@
+"""Pushing to and pulling from a Hub on loopback, through the real clients in processes of their own."""
+
+import csv
+import json
+import logging
+import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import Hub
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from timm.models import load_checkpoint
+from timm.utils import CheckpointSaver, ModelEmaV3
+
+from timm_kd.errors import UsageError
+from timm_kd.hub import push_run
+from timm_kd.hub.run_files import scrub, scrub_command
+
+TOKEN = 'hf_thisIsTheWritersSecretToken'
+READ_TOKEN = 'hf_thisTokenMayOnlyRead'
+CLASSES = ['cat', 'dog', 'newt']
+FILES = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv', 'curves.png'}
+
+
+def make_run(folder: Path, model: str = 'test_resnet', size: int = 32, ema: bool = True, loss: str = 'nkd') -> Path:
+    """A run of two epochs, the first of them the better, saved by timm's saver as the training script does."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    fixed = {'img_size': size} if 'vit' in model else {}
+    student = timm.create_model(model, num_classes=len(CLASSES), **fixed)
+    args = Namespace(
+        model=model, data_dir='/home/jane/data/pets', num_classes=None, img_size=size, gp=None, model_kwargs={},
+        dataset='', val_split='validation', teacher='local-dir:/home/jane/teachers/r34', experiment='a',
+    )
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    ema_model = ModelEmaV3(student, decay=0.5) if ema else None
+    saver = CheckpointSaver(student, optimizer, args=args, model_ema=ema_model, checkpoint_dir=str(folder))
+    rows = []
+    for epoch, top1 in enumerate([71.25, 64.5]):
+        with torch.no_grad():
+            for tensor in student.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.rand_like(tensor) * 0.1)
+        if ema_model:
+            ema_model.update(student)
+        saver.save_checkpoint(epoch, metric=top1)
+        rows.append({
+            'epoch': epoch, 'train_loss': 1.5 - epoch, 'eval_loss': 1.25, 'eval_top1': top1, 'eval_top5': 98.75,
+            'lr': 0.1, 'eval_agreement': 83.5, 'train_task_loss': 1.0, 'train_kd_loss': 0.5,
+        })
+    with open(folder / 'summary.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
+    (folder / 'run.json').write_text(json.dumps({
+        'timm_kd': '0.1', 'timm': timm.__version__, 'torch': torch.__version__,
+        'command': f'train-kd /home/jane/data/pets --model {model} --teacher local-dir:/home/jane/teachers/r34',
+        'student': {
+            'model': model, 'parameters': sum(p.numel() for p in student.parameters()), 'num_classes': len(CLASSES),
+            'data_config': {
+                'input_size': [3, size, size], 'mean': [0.5, 0.4, 0.3], 'std': [0.2, 0.25, 0.3], 'crop_pct': 0.9,
+                'crop_mode': 'border', 'interpolation': 'bilinear',
+            },
+            'class_names': CLASSES, 'pretrained_source': None,
+        },
+        'teacher': [{
+            'source': 'local-dir:/home/jane/teachers/r34', 'model': 'resnet34', 'parameters': 21_286_211,
+            'top1': 91.5, 'top5': 99.25,
+        }],
+        'loss': {
+            'name': loss, 'parameters': {'temperature': 1.0, 'gamma': 1.5}, 'task_loss_weight': 1.0,
+            'distill_loss_weight': 0.75, 'warmup_epochs': 0,
+        },
+        'eval_metric': 'top1', 'best': {'epoch': 0, 'metric': 71.25},
+    }))
+    return folder
+
+
+def expected_logits(run_dir: Path, images: np.ndarray, checkpoint: str = 'model_best.pth.tar') -> np.ndarray:
+    """The student's logits by timm alone: its factory and its checkpoint loader."""
+    record = json.loads((run_dir / 'run.json').read_text())['student']
+    fixed = {'img_size': images.shape[-1]} if 'vit' in record['model'] else {}
+    model = timm.create_model(record['model'], num_classes=record['num_classes'], **fixed).eval()
+    load_checkpoint(model, str(run_dir / checkpoint), use_ema=True)
+    return logits_of(model, images)
+
+
+def logits_of(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        return model(torch.from_numpy(images)).numpy()
+
+
+# What the client process is asked to do: it alone has HF_ENDPOINT, and it alone is given a token.
+
+
+def log_in(token: str | None) -> None:
+    os.environ.pop('HF_TOKEN', None)
+    if token:
+        os.environ['HF_TOKEN'] = token
+
+
+def push(run_dir: Path, repo_id: str, token: str | None = TOKEN, **options: object) -> str:
+    log_in(token)
+    return push_run(run_dir, repo_id, **options)
+
+
+def check(repo_id: str, token: str | None = TOKEN, **options: object) -> None:
+    from timm_kd.hub import check_access
+
+    log_in(token)
+    check_access(repo_id, **options)
+
+
+def pull(name: str, cache: Path, images: np.ndarray, token: str | None = TOKEN) -> tuple[np.ndarray, dict]:
+    log_in(token)
+    model = timm.create_model(f'hf-hub:{name}', pretrained=True, cache_dir=str(cache)).eval()
+    return logits_of(model, images), model.pretrained_cfg
+
+
+def execute(snippet: str, folder: Path) -> str:
+    import contextlib
+    import io
+
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(snippet, {})
+    return output.getvalue()
+
+
+def client_environment(url: str, home: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
+    return kept | {
+        'HF_ENDPOINT': url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+        'OMP_NUM_THREADS': '1', 'NO_PROXY': '127.0.0.1,localhost',
+    }
+
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp('runs') / 'resnet')
+
+
+@pytest.fixture(scope='module')
+def cut_push(tmp_path_factory):
+    """The command line against a Hub that cuts every upload; started first, as it waits half a minute between tries."""
+    folder = tmp_path_factory.mktemp('cut')
+    run_dir = make_run(folder / 'run')
+    command = [sys.executable, '-m', 'timm_kd.hub', 'push', str(run_dir), 'me/cut', '--license', 'mit']
+    with Hub({TOKEN: 'me'}) as hub:
+        hub.fail('PUT', '/lfs/upload/', status=None)
+        environment = client_environment(hub.url, folder / 'home') | {'HF_TOKEN': TOKEN}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        yield hub, run_dir, process, environment
+        process.kill()
+
+
+@pytest.fixture(scope='module')
+def hub(cut_push):
+    with Hub({TOKEN: 'me', READ_TOKEN: 'me'}, read_only=(READ_TOKEN,)) as hub:
+        yield hub
+
+
+@pytest.fixture(scope='module')
+def client(hub, tmp_path_factory):
+    """Calls a function of this module in a process whose Hub client speaks to the loopback Hub."""
+    environment, before = client_environment(hub.url, tmp_path_factory.mktemp('home')), dict(os.environ)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        try:
+            os.environ.clear()
+            os.environ.update(environment)
+            pool.submit(log_in, None).result()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(scope='module')
+def pushed(client, run_dir):
+    client(push, run_dir, 'me/student', license='apache-2.0', dataset='me/pets')
+    return 'me/student'
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32)
+
+
+def error_of(call, *args, **kwargs) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        call(*args, **kwargs)
+    return caught.value
+
+
+# Round trips
+
+
+def test_timm_pulls_the_best_ema_weights_bit_for_bit_into_an_empty_cache(client, pushed, run_dir, images, tmp_path):
+    logits, _ = client(pull, pushed, tmp_path, images)
+    np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
+    assert not np.array_equal(logits, expected_logits(run_dir, images, 'last.pth.tar'))
+
+
+def test_the_pulled_model_knows_its_input_and_its_classes(client, pushed, images, tmp_path):
+    _, config = client(pull, pushed, tmp_path, images)
+    expected = {
+        'num_classes': 3, 'input_size': (3, 32, 32), 'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.25, 0.3),
+        'crop_pct': 0.9, 'crop_mode': 'border', 'interpolation': 'bilinear', 'label_names': tuple(CLASSES),
+    }
+    seen = {key: tuple(config[key]) if isinstance(config[key], list) else config[key] for key in expected}
+    assert seen == expected
+
+
+def test_a_model_of_fixed_input_size_comes_back_at_the_size_it_was_trained_at(client, tmp_path, images):
+    run_dir = make_run(tmp_path / 'run', model='test_vit', size=96, ema=False)
+    images = np.random.default_rng(0).standard_normal((2, 3, 96, 96), dtype=np.float32)
+    client(push, run_dir, 'me/vit')
+    logits, config = client(pull, 'me/vit', tmp_path / 'cache', images)
+    np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
+    assert tuple(config['input_size']) == (3, 96, 96)
+
+
+def test_a_push_is_one_commit_of_the_published_files_and_no_pickle(hub, pushed):
+    assert len(hub.repos[pushed].branches['main']) == 2  # the Hub's own initial commit, and the push
+    assert set(hub.files(pushed)) - {'.gitattributes'} == FILES
+
+
+def test_a_second_push_adds_a_commit_of_what_changed(hub, client, run_dir, images, tmp_path):
+    client(push, run_dir, 'me/twice')
+    client(push, run_dir, 'me/twice', checkpoint='last.pth.tar')
+    assert len(hub.repos['me/twice'].branches['main']) == 3
+    logits, _ = client(pull, 'me/twice', tmp_path, images)
+    np.testing.assert_array_equal(logits, expected_logits(run_dir, images, 'last.pth.tar'))
+
+
+def test_a_revision_is_a_branch_of_its_own(hub, client, run_dir, images, tmp_path):
+    client(push, run_dir, 'me/branches', revision='ablation')
+    assert set(hub.files('me/branches')) == {'.gitattributes'}
+    logits, _ = client(pull, 'me/branches@ablation', tmp_path, images)
+    np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
+
+
+def test_a_private_repository_is_pulled_with_the_token_only(hub, client, run_dir, images, tmp_path):
+    client(push, run_dir, 'me/private', private=True)
+    assert hub.repos['me/private'].private
+    logits, _ = client(pull, 'me/private', tmp_path / 'a', images)
+    np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
+    assert '404' in str(error_of(client, pull, 'me/private', tmp_path / 'b', images, token=None))
+
+
+def test_the_usage_snippet_of_the_card_runs(hub, client, pushed, tmp_path):
+    from PIL import Image
+
+    Image.new('RGB', (48, 40), 'teal').save(tmp_path / 'image.jpg')
+    card = ModelCard(hub.files(pushed)['README.md'].decode())
+    snippet = card.text.split('```python\n')[1].split('```')[0]
+    output = client(execute, snippet, tmp_path)
+    assert sorted(line.split(' % ')[1] for line in output.splitlines()) == CLASSES
+
+
+# Refusals and failures
+
+
+def test_access_is_granted_and_the_repository_waits_empty(hub, client):
+    client(check, 'me/early', private=True, revision='trial')
+    repo = hub.repos['me/early']
+    assert repo.private and set(repo.branches) == {'main', 'trial'}
+    assert set(hub.files('me/early')) == {'.gitattributes'}
+
+
+@pytest.mark.parametrize(('repo_id', 'token', 'message'), [
+    ('me/none', None, 'hf auth login'),
+    ('me/wrong', 'hf_thisTokenIsUnknown', 'does not accept the token'),
+    ('me/readonly', READ_TOKEN, 'the token may not write there'),
+    ('you/student', TOKEN, 'the token may not write there'),
+    ('student', TOKEN, 'OWNER/student'),
+    ('me/a/b', TOKEN, "'me/a/b' is not a repository of the Hub"),
+])
+def test_a_push_that_will_be_refused_is_a_usage_error_before_training(client, repo_id, token, message):
+    error = error_of(client, check, repo_id, token=token)
+    assert isinstance(error, UsageError)
+    assert message in str(error) and repo_id in str(error) and '\n' not in str(error)
+    assert not token or token not in str(error)
+
+
+def test_a_repository_of_someone_else_is_refused_although_it_exists(hub, client):
+    hub.create('you/theirs')
+    error = error_of(client, check, 'you/theirs')
+    assert isinstance(error, UsageError) and 'the token may not write there' in str(error)
+
+
+def test_a_public_repository_is_refused_where_a_private_one_was_asked_for(hub, client):
+    hub.create('me/public')
+    error = error_of(client, check, 'me/public', private=True)
+    assert isinstance(error, UsageError) and 'me/public exists and is public' in str(error)
+
+
+@pytest.mark.parametrize(('status', 'method', 'path'), [
+    (401, 'POST', '/api/models/me/fail401/preupload'),
+    (403, 'POST', '/api/models/me/fail403/commit'),
+    (404, 'POST', '/api/models/me/fail404/commit'),
+    (500, 'POST', '/api/models/me/fail500/commit'),
+    (429, 'POST', '/me/fail429.git/info/lfs'),
+])
+def test_a_failed_push_says_why_and_how_to_try_again_without_the_token(hub, client, run_dir, status, method, path):
+    repo_id = f'me/fail{status}'
+    # A careless server that echoes the request's headers must not bring the token into the message.
+    hub.fail(method, path, status=status, body=f'no: Authorization: Bearer {TOKEN}')
+    error = error_of(client, push, run_dir, repo_id, private=True, license='mit')
+    assert type(error).__name__ == 'PushError'
+    assert str(status) in str(error) and TOKEN not in repr(error) and '***' in str(error)
+    retry = f'python -m timm_kd.hub push {run_dir} {repo_id} --private --license mit'
+    assert str(error).endswith(retry)
+    assert set(hub.files(repo_id)) == {'.gitattributes'}
+
+
+def test_the_client_retries_an_upload_that_was_cut_once_and_a_busy_hub(hub, client, run_dir, images, tmp_path):
+    run_dir = make_run(tmp_path / 'run', ema=False)
+    hub.fail('PUT', '/lfs/upload/', status=None, times=1)
+    hub.fail('POST', '/me/flaky.git/info/lfs', status=429, times=1)
+    client(push, run_dir, 'me/flaky')
+    assert ('PUT', None) in [(method, status) for method, _, status in hub.log]
+    logits, _ = client(pull, 'me/flaky', tmp_path / 'cache', images)
+    np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
+
+
+def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_works(cut_push):
+    hub, run_dir, process, environment = cut_push
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 4
+    assert TOKEN not in output + errors
+    assert {path.name for path in (run_dir / 'hub').iterdir()} == FILES
+    assert set(hub.files('me/cut')) == {'.gitattributes'}
+
+    hub.faults.clear()
+    _, _, command = errors.strip().splitlines()[-1].partition('To try again: ')
+    words = [sys.executable, *shlex.split(command)[1:]]
+    again = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == f'{hub.url}/me/cut/commit/{hub.repos["me/cut"].branches["main"][-1][0]}'
+    assert TOKEN not in again.stdout + again.stderr
+
+
+# The folder and the card, which need no Hub
+
+
+@pytest.fixture(scope='module')
+def folder(run_dir):
+    return Path(push_run(run_dir, 'me/pets-student', license='apache-2.0', dry_run=True))
+
+
+@pytest.fixture(scope='module')
+def card(folder):
+    return ModelCard.load(folder / 'README.md')
+
+
+def test_a_dry_run_writes_and_lists_the_folder_and_needs_no_token(run_dir, caplog, monkeypatch):
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    caplog.set_level(logging.INFO, logger='timm_kd')
+    folder = Path(push_run(run_dir, 'me/pets-student', dry_run=True))
+    assert folder == run_dir / 'hub' and {path.name for path in folder.iterdir()} == FILES
+    listed = [record.message for record in caplog.records if record.message.startswith('Would push')]
+    assert len(listed) == len(FILES) and all('bytes' in line for line in listed)
+
+
+def test_the_folder_loads_into_timm_from_disk(folder, run_dir, images):
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    np.testing.assert_array_equal(logits_of(model, images), expected_logits(run_dir, images))
+
+
+def test_the_weights_are_contiguous_tensors_of_the_student_only(folder):
+    with safe_open(folder / 'model.safetensors', 'pt') as weights:
+        assert set(weights.keys()) == set(timm.create_model('test_resnet', num_classes=3).state_dict())
+
+
+def test_the_config_claims_no_licence_or_origin_of_the_weights_timm_publishes(folder):
+    config = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    assert not {'license', 'tag', 'origin_url', 'hf_hub_id', 'url'} & config.keys()
+
+
+def test_no_published_text_has_a_local_path(folder, run_dir):
+    for name in FILES - {'model.safetensors', 'curves.png'}:
+        text = (folder / name).read_text()
+        assert '/home' not in text and 'jane' not in text and str(run_dir) not in text, name
+
+
+def test_the_published_flags_are_those_of_the_run_with_paths_cut_to_their_names(folder):
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert (args['data_dir'], args['teacher'], args['img_size']) == ('pets', 'local-dir:r34', 32)
+
+
+@pytest.mark.parametrize(('value', 'scrubbed'), [
+    ('/data/imagenet/', 'imagenet'),
+    ('local-dir:/home/me/r 34', 'local-dir:r 34'),
+    ('--data-dir=/mnt/x', '--data-dir=x'),
+    ('~me/data/x', 'x'),
+    ('file:///srv/t.pth', 't.pth'),
+    (r'C:\Users\me\t.pth', 't.pth'),
+    ({'file': ['/a/b', 'c']}, {'file': ['b', 'c']}),
+    ('hf-hub:me/x', 'hf-hub:me/x'),
+    ('https://host/a', 'https://host/a'),
+    ('runs/a', 'runs/a'),
+    ('rand-m9-mstd0.5', 'rand-m9-mstd0.5'),
+    (f'token={TOKEN}', 'token=***'),
+    (0.5, 0.5),
+])
+def test_scrubbing_takes_absolute_paths_and_tokens_and_nothing_else(value, scrubbed):
+    assert scrub(value) == scrubbed
+
+
+def test_a_scrubbed_command_still_quotes_what_a_shell_needs_quoted():
+    command = "train-kd '/my data/pets' --teacher-kwargs 'depth=3 4' --output /tmp/o"
+    assert scrub_command(command) == "train-kd pets --teacher-kwargs 'depth=3 4' --output o"
+
+
+def test_the_metadata_is_what_the_hub_understands(card):
+    data = card.data.to_dict()
+    assert data['library_name'] == 'timm' and data['pipeline_tag'] == 'image-classification'
+    assert data['license'] == 'apache-2.0'
+    assert {'knowledge-distillation', 'nkd', 'teacher:r34'} <= set(data['tags'])
+    assert 'base_model' not in data and 'datasets' not in data
+    (result,) = data['model-index'][0]['results']
+    assert result['dataset'] == {'name': 'pets', 'type': 'imagefolder', 'split': 'validation'}
+    assert [metric['value'] for metric in result['metrics']] == [0.7125, 0.9875]
+
+
+def test_the_card_states_the_figures_of_the_published_epoch(card, run_dir):
+    parameters = json.loads((run_dir / 'run.json').read_text())['student']['parameters']
+    assert f'| Student | `test_resnet` | {parameters:,} | 71.25 | 98.75 |' in card.text
+    assert '| Teacher | `resnet34` (`r34`) | 21,286,211 | 91.50 | 99.25 |' in card.text
+    assert 'on 83.50 % of them' in card.text and 'after epoch 0' in card.text
+    assert r'\gamma' in card.text and '| gamma, weight of the non-target term | 1.5 |' in card.text
+    assert '| weight of D | 0.75 |' in card.text
+    assert 'train-kd pets --model test_resnet --teacher local-dir:r34' in card.text
+    assert 'arXiv:2208.10139' in card.text and '![' in card.text
+
+
+def test_another_checkpoint_brings_its_own_figures(tmp_path):
+    run_dir = make_run(tmp_path / 'run', ema=False)
+    folder = Path(push_run(run_dir, 'me/x', checkpoint='last.pth.tar', dry_run=True))
+    card = ModelCard.load(folder / 'README.md')
+    assert '| 64.50 |' in card.text and 'after epoch 1' in card.text
+
+
+def edit_record(run_dir: Path, **changes: object) -> Path:
+    path = run_dir / 'run.json'
+    record = json.loads(path.read_text())
+    record['student'] |= changes.pop('student', {})
+    path.write_text(json.dumps(record | changes))
+    return run_dir
+
+
+def test_a_student_that_started_from_hub_weights_names_them_as_its_base(tmp_path):
+    run_dir = edit_record(make_run(tmp_path / 'run'), student={'pretrained_source': 'resnet18.tv_in1k'})
+    card = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md')
+    assert card.data.base_model == 'timm/resnet18.tv_in1k'
+    assert card.data.to_dict()['base_model_relation'] == 'finetune'
+
+
+@pytest.mark.parametrize(('source', 'hub_id'), [
+    ('resnet34.tv_in1k', 'timm/resnet34.tv_in1k'),
+    ('hf-hub:you/r34@v2', 'you/r34'),
+])
+def test_a_teacher_of_the_hub_is_linked(tmp_path, source, hub_id):
+    teacher = {'source': source, 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}
+    run_dir = edit_record(make_run(tmp_path / 'run'), teacher=[teacher])
+    card = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md')
+    assert f'(https://huggingface.co/{hub_id})' in card.text
+    assert f'teacher:{hub_id}' in card.data.tags
+
+
+def test_a_plain_training_run_has_a_card_without_distillation(tmp_path):
+    run_dir = edit_record(make_run(tmp_path / 'run'), teacher=None, loss=None)
+    card = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md')
+    assert 'distillation' not in str(card) and 'Teacher' not in card.text
+
+
+def test_every_loss_of_the_registry_has_a_formula_and_a_paper():
+    from timm_kd.hub.papers import LOSSES
+    from timm_kd.losses import KD_LOSSES
+
+    expected = set()
+    for name, loss in KD_LOSSES.items():
+        expected |= {(name, True)} if loss.accepts_teacher else set()
+        expected |= set() if loss.needs_teacher else {(name, False)}
+    assert set(LOSSES) == expected
+
+
+def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(tmp_path, monkeypatch, caplog):
+    run_dir = make_run(tmp_path / 'run')
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    folder = Path(push_run(run_dir, 'me/x', dry_run=True))
+    assert not (folder / 'curves.png').exists() and '![' not in (folder / 'README.md').read_text()
+    assert 'matplotlib is not installed' in caplog.text
+
+
+@pytest.mark.parametrize(('spoil', 'message'), [
+    (lambda run: (run / 'run.json').unlink(), 'run.json: No such file'),
+    (lambda run: (run / 'run.json').write_text('{'), 'is not the output folder of a run'),
+    (lambda run: [path.unlink() for path in run.glob('*.tar')], 'has no checkpoint'),
+    (lambda run: edit_record(run, student={'num_classes': 5}), 'does not hold the student'),
+])
+def test_a_folder_that_is_no_run_is_a_usage_error(tmp_path, spoil, message):
+    run_dir = make_run(tmp_path / 'run')
+    spoil(run_dir)
+    with pytest.raises(UsageError, match=message):
+        push_run(run_dir, 'me/x', dry_run=True)

@@ -1,0 +1,45 @@
+"""`python -m timm_kd.hub push RUN_DIR REPO_ID`: push a finished run, or try again after a push that failed."""
+
+import argparse
+import logging
+import sys
+
+from timm_kd.errors import UsageError
+from timm_kd.hub import PushError, push_run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0 done, 2 usage, 4 the push failed."""
+    parser = argparse.ArgumentParser(prog='python -m timm_kd.hub', description=__doc__)
+    push = parser.add_subparsers(dest='command', required=True).add_parser('push', help='push a run to the Hub')
+    push.add_argument('run_dir', metavar='RUN_DIR', help='output folder of a run')
+    push.add_argument('repo_id', metavar='REPO_ID', help='OWNER/NAME on the Hub, created if it does not exist')
+    push.add_argument('--private', action='store_true', help='the repository must be private')
+    push.add_argument('--revision', help='branch to push to, created if it does not exist (main)')
+    push.add_argument('--checkpoint', help='checkpoint to publish (the best one; its EMA weights, if tracked)')
+    push.add_argument('--license', help='licence for the model card, such as apache-2.0 (none)')
+    push.add_argument('--dataset', help="the training data's id on the Hub, for the model card (none)")
+    push.add_argument('--dry-run', action='store_true', help='write RUN_DIR/hub, say what would go up, do not push')
+    args = parser.parse_args(argv)
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('timm_kd').setLevel(logging.INFO)
+    try:
+        url = push_run(
+            args.run_dir,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            checkpoint=args.checkpoint,
+            license=args.license,
+            dataset=args.dataset,
+            dry_run=args.dry_run,
+        )
+    except (UsageError, PushError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 4
+    print(url)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
