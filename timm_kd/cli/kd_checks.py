@@ -1,0 +1,114 @@
+"""What the flags of distillation mean together, and which of them have nothing to act on."""
+import argparse
+import os
+from typing import Any
+
+from timm_kd.cli.kd_settings import LOSS_PARAMETERS, KDSettings, resolve_kd
+from timm_kd.cli.messages import as_given
+from timm_kd.errors import UsageError
+from timm_kd.losses import KD_LOSSES
+
+_KD_ONLY = (*LOSS_PARAMETERS, 'task_loss_weight', 'distill_loss_weight', 'kd_warmup_epochs')
+
+_REFUSED = {
+    'kd_distill_type': 'feature and token distillation are not supported, only logits are distilled',
+    'kd_loss_type': 'only kl, which is --kd-loss kd; --kd-loss chooses among the others',
+    'kd_student_feature_dim': 'feature distillation is not supported',
+    'kd_teacher_feature_dim': 'feature distillation is not supported',
+    'kd_token_distill_type': 'token distillation is not supported',
+}
+
+# Data sets that timm reads as a stream, without indices.
+_ITERABLE_DATASETS = ('hfids', 'tfds', 'wds')
+
+
+def check_kd(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Refuse distillation flags that do not go together; as `check_args`, of which it is a part."""
+    for dest, reason in _REFUSED.items():
+        if getattr(args, dest) != defaults[dest]:
+            raise UsageError(f'{as_given(dest, getattr(args, dest))}: {reason}')
+    if args.teacher and args.kd_model_name and args.kd_model_name != args.teacher:
+        raise UsageError(f'--kd-model-name {args.kd_model_name} beside {_teachers(args.teacher)}: name one teacher')
+
+    settings = resolve_kd(args)
+    if settings is None:
+        for dest in _KD_ONLY:
+            if getattr(args, dest) != defaults[dest]:
+                raise UsageError(f'{as_given(dest, getattr(args, dest))}: there is nothing to distil, '
+                                 'add --teacher SPEC or --kd-loss NAME')
+    else:
+        _check_loss(args, settings)
+        _check_setting(args, settings)
+    if settings is None or settings.teacher is None:
+        for dest, value in vars(args).items():
+            if (dest.startswith('teacher_') or dest == 'no_teacher_eval') and value != defaults[dest]:
+                raise UsageError(f'{as_given(dest, value)}: there is no teacher, add --teacher SPEC or leave this out')
+    else:
+        _check_teacher(args, settings)
+        _check_teacher_cache(args, defaults)
+
+
+def _check_loss(args: argparse.Namespace, settings: KDSettings) -> None:
+    loss = KD_LOSSES[settings.loss]
+    if settings.teacher is None and loss.needs_teacher:
+        teacher_free = ' or '.join(name for name, other in KD_LOSSES.items() if not other.needs_teacher)
+        raise UsageError(f'--kd-loss {settings.loss} needs a teacher: add --teacher SPEC, or choose {teacher_free}')
+    if settings.teacher is not None and not loss.accepts_teacher:
+        raise UsageError(f'{_teachers(settings.teacher)}: --kd-loss {settings.loss} has no teacher, leave it out '
+                         '(--teacher \'\' overrides a config file)')
+    known = {dest: parameter for dest, parameter in LOSS_PARAMETERS.items() if parameter in loss.hyper_parameters()}
+    for dest, parameter in LOSS_PARAMETERS.items():
+        if parameter in settings.loss_parameters and dest not in known:
+            its_own = f'which has {", ".join(as_given(dest, True) for dest in known)}' if known else 'which has none'
+            raise UsageError(f'{as_given(dest, getattr(args, dest))}: no parameter of {settings.loss}, {its_own}')
+    if settings.loss == 'tfkd' and settings.teacher is not None and args.kd_correct_prob is not None:
+        raise UsageError(f'--kd-correct-prob {args.kd_correct_prob}: describes the virtual teacher of tfkd, '
+                         f'and there is {_teachers(settings.teacher)}')
+    if settings.distill_loss_weight < 0:
+        raise UsageError(f'--task-loss-weight {args.task_loss_weight} leaves the distillation loss a weight of '
+                         f'{settings.distill_loss_weight:g}: give --distill-loss-weight too')
+    if settings.task_loss_weight == settings.distill_loss_weight == 0:
+        raise UsageError('--task-loss-weight 0 and --distill-loss-weight 0 leave nothing to train on')
+
+
+def _check_setting(args: argparse.Namespace, settings: KDSettings) -> None:
+    if args.jsd_loss or args.loss == 'jsd':
+        raise UsageError(f'--jsd-loss: does not go with distillation (--kd-loss {settings.loss})')
+    if args.aug_splits:
+        raise UsageError(f'--aug-splits {args.aug_splits}: does not go with distillation (--kd-loss {settings.loss})')
+    if args.num_classes == 1:
+        raise UsageError(f'--num-classes 1: --kd-loss {settings.loss} compares classes and needs at least 2')
+
+
+def _check_teacher(args: argparse.Namespace, settings: KDSettings) -> None:
+    specs = settings.teacher if isinstance(settings.teacher, list) else [settings.teacher]
+    if args.teacher_model and not any(os.path.isfile(spec) for spec in specs):
+        raise UsageError(f'--teacher-model {args.teacher_model}: gives a weights file its architecture, '
+                         f'and {_teachers(settings.teacher)} is no file')
+    if args.teacher_dtype == 'amp' and not args.amp:
+        raise UsageError('--teacher-dtype amp: is the autocast of the student, add --amp or choose a dtype')
+    if args.teacher_class_map_missing == 'mask' and not args.teacher_class_map:
+        raise UsageError('--teacher-class-map-missing mask: belongs to --teacher-class-map, which is not given')
+    if args.teacher_class_map_missing == 'mask' and args.kd_logit_std:
+        raise UsageError('--kd-logit-std: masked classes have no logit to standardise, '
+                         'leave out this or --teacher-class-map-missing mask')
+
+
+def _check_teacher_cache(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    if args.teacher_cache is None:
+        for dest, value in vars(args).items():
+            if dest.startswith('teacher_cache_') and value != defaults[dest]:
+                raise UsageError(f'{as_given(dest, value)}: belongs to --teacher-cache DIR, which is not given')
+        return
+    cache = as_given('teacher_cache', args.teacher_cache)
+    if args.train_img_sizes:
+        raise UsageError(f'{cache}: stored logits belong to one image size, leave out --train-img-sizes')
+    if args.aug_repeats:
+        raise UsageError(f'{cache}: stores one view of an image per epoch, leave out --aug-repeats')
+    if args.dataset.partition('/')[0].lower() in _ITERABLE_DATASETS and '/' in args.dataset:
+        raise UsageError(f'{cache}: needs a data set with indices, and --dataset {args.dataset} is a stream')
+
+
+def _teachers(teacher: str | list[str]) -> str:
+    specs = teacher if isinstance(teacher, list) else [teacher]
+    return ' '.join(f'--teacher {spec}' for spec in specs)

@@ -1,0 +1,20 @@
+"""How errors speak of flags."""
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def as_given(dest: str, value: Any) -> str:
+    """A flag and its value as on the command line: ``--mean 0.5 0.5``."""
+    name = '--local_rank' if dest == 'local_rank' else f'--{dest.replace("_", "-")}'
+    if value is True:
+        return name
+    if isinstance(value, dict):
+        value = [f'{key}={item}' for key, item in value.items()]
+    return f'{name} {" ".join(map(str, value)) if isinstance(value, list) else value}'
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known names that resemble the name, or nothing."""
+    matches = difflib.get_close_matches(name, [candidate for candidate in known if candidate], n=3, cutoff=0.7)
+    return f' (meant to be {" or ".join(matches)}?)' if matches else ''
