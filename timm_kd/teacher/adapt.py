@@ -1,0 +1,120 @@
+"""From the student's images to the teacher's: size, channels, normalisation, precision, memory layout."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.data.loader import adapt_to_chs
+from torch import nn
+
+# PIL's weights of an RGB image turned grey (mode 'L'), ITU-R BT.601: what a grey teacher was shown in training.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def can_adapt_channels(image_chans: int, teacher_chans: int) -> bool:
+    """Whether images of one channel count can be shown to a teacher of another: equal, or grey and RGB."""
+    return image_chans == teacher_chans or {image_chans, teacher_chans} == {1, 3}
+
+
+class InputAdapter(nn.Module):
+    """Shows the student's images to the teacher as its own data pipeline would have.
+
+    The two normalisations and a change between grey and RGB are one affine map of the channels, made once in float64
+    and kept in float32. A grey image is repeated to three channels, each with the teacher's own mean and deviation;
+    an RGB image is turned grey as PIL does it. Where nothing differs, nothing is computed.
+
+    Args:
+        in_chans: Channels of the images.
+        mean: Mean the images were normalised with; None: they are normalised for the teacher.
+        std: Standard deviation the images were normalised with; None: they are normalised for the teacher.
+        teacher_chans: Channels the teacher expects.
+        teacher_mean: Mean the teacher was trained with.
+        teacher_std: Standard deviation the teacher was trained with.
+        size: `(height, width)` the teacher must be given; None: it takes images as they come.
+        interpolation: `bilinear` or `bicubic`, of the antialiased resize to `size`.
+        dtype: Precision the images leave in.
+        channels_last: Whether they leave in channels-last layout.
+        device: Where the map is kept.
+    """
+
+    def __init__(
+            self,
+            in_chans: int,
+            mean: Sequence[float] | None,
+            std: Sequence[float] | None,
+            teacher_chans: int,
+            teacher_mean: Sequence[float],
+            teacher_std: Sequence[float],
+            size: tuple[int, int] | None = None,
+            interpolation: str = 'bicubic',
+            dtype: torch.dtype = torch.float32,
+            channels_last: bool = False,
+            device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.size = size
+        self.interpolation = interpolation
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.in_chans = in_chans
+        self.teacher_chans = teacher_chans
+        self.teacher_mean = tuple(adapt_to_chs(tuple(teacher_mean), teacher_chans))
+        self.teacher_std = tuple(adapt_to_chs(tuple(teacher_std), teacher_chans))
+        # as timm's loader does it, also where the data config has three values and the images another channel count
+        self.mean = tuple(adapt_to_chs(tuple(mean), in_chans)) if mean is not None else None
+        self.std = tuple(adapt_to_chs(tuple(std), in_chans)) if std is not None else None
+        scale, shift = self._fold()
+        self.register_buffer('scale', None if scale is None else scale.to(device), persistent=False)
+        self.register_buffer('shift', None if shift is None else shift.to(device), persistent=False)
+
+    def _fold(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scale `[1, C, 1, 1]` and shift `[1, C, 1, 1]` of the affine map, or (None, None) where there is none."""
+        normalised_alike = self.mean is None or self.std is None or (
+            (self.mean, self.std) == (self.teacher_mean, self.teacher_std)
+        )
+        if normalised_alike and self.in_chans == self.teacher_chans:
+            return None, None
+        teacher_mean, teacher_std = _per_channel(self.teacher_mean), _per_channel(self.teacher_std)
+        # without the images' own normalisation, a change of channels takes them as normalised by the teacher's average
+        mean = _per_channel(self.mean) if self.mean is not None else teacher_mean.mean(1, keepdim=True)
+        std = _per_channel(self.std) if self.std is not None else teacher_std.mean(1, keepdim=True)
+        if self.teacher_chans == 1 and self.in_chans == 3:
+            luma = _per_channel(_LUMA)
+            scale, offset = luma * std, (luma * mean).sum(1, keepdim=True)
+        else:
+            scale, offset = std, mean
+        return (scale / teacher_std).float(), ((offset - teacher_mean) / teacher_std).float()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `[B, C, H, W]` as the student gets them -> a tensor for the teacher; the images are left untouched."""
+        adapted = images
+        if self.size is not None and adapted.shape[-2:] != self.size:
+            # in float32: the antialiased resize has no half-precision kernel everywhere
+            adapted = F.interpolate(adapted.float(), self.size, mode=self.interpolation, antialias=True)
+        if self.scale is not None:
+            if self.scale.shape[1] > self.teacher_chans:
+                adapted = (adapted * self.scale).sum(1, keepdim=True) + self.shift
+            else:
+                adapted = torch.addcmul(self.shift, adapted, self.scale)
+        return adapted.to(dtype=self.dtype, memory_format=self.memory_format)
+
+    def describe(self) -> str:
+        """What is done to the images, in words."""
+        steps = []
+        if self.size is not None:
+            steps.append(f'{self.size[0]}x{self.size[1]} (antialiased {self.interpolation} where the images differ)')
+        if self.in_chans != self.teacher_chans:
+            steps.append(f'{self.in_chans} -> {self.teacher_chans} channels')
+        if self.scale is None:
+            steps.append('normalised as the student\'s')
+        else:
+            steps.append(f'normalised to mean {_short(self.teacher_mean)} std {_short(self.teacher_std)}')
+        return ', '.join(steps)
+
+
+def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return '(' + ', '.join(f'{v:.4g}' for v in values) + ')'

@@ -1,0 +1,46 @@
+"""Why a teacher could not be had, in a sentence that says what to do; never with a URL, a header or a token."""
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_LOG_IN = '`hf auth login` (or HF_TOKEN) logs you in'
+
+
+def explain(error: Exception, repo: str) -> str:
+    """A sentence on a failed download from the Hub repository `repo`."""
+    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
+        return f'{repo} is gated: accept its terms on the Hub; {_LOG_IN}'
+    if isinstance(error, RepositoryNotFoundError):
+        return f'there is no {repo} on the Hub, or it is private: {_LOG_IN}'
+    if isinstance(error, RevisionNotFoundError):
+        return f'{repo} has no such revision'
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):  # before EntryNotFoundError, likewise
+        return f'the Hub cannot be reached and {repo} is not in the local cache: download it once with a network'
+    if isinstance(error, EntryNotFoundError):
+        return f'{repo} is not a timm model: it lacks config.json or weights'
+    if isinstance(error, HFValidationError):
+        return f'{repo} is not a valid name of a Hub repository'
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status in (401, 403):
+        return f'the Hub refused access to {repo}: {_LOG_IN}'
+    if status is not None:
+        return f'the Hub answered {status} for {repo}: try again later'
+    if isinstance(error, OSError) or type(error).__module__.startswith('httpx'):
+        return f'{repo} could not be downloaded ({type(error).__name__}): check the network'
+    if isinstance(error, KeyError):
+        return f'{repo} is not a timm model: its config.json lacks {error}'
+    return f'{repo} cannot be loaded ({shortened(error)})'
+
+
+def shortened(error: Exception, most: int = 300) -> str:
+    """An error of timm or torch on one line."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f'{text[:most]}...'

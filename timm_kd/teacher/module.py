@@ -1,0 +1,244 @@
+"""Teacher: a frozen model that answers the student's images with logits of the student's classes."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import clean_state_dict, get_model_input_config
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..errors import UsageError
+from .adapt import InputAdapter, can_adapt_channels
+from .classmap import ClassMap, load_class_map
+from .flops import count_flops
+from .load import check_num_classes, load_model
+from .precision import is_convolutional, resolve_dtype
+
+_logger = logging.getLogger(__name__)
+
+# what timm's own task takes a model without a pretrained config to be normalised with
+_DEFAULT_CFG = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+
+class Teacher(nn.Module):
+    """A model from anywhere, frozen, always in eval mode, adapted to the student's images and classes.
+
+    Args:
+        spec: A timm name, `hf-hub:org/name`, `local-dir:PATH`, a folder, a weights file, `org/name` on the Hub; or a
+            module, which the teacher takes over: it is frozen, moved and narrowed in place.
+        num_classes: The student's classes. Checked, never used to rebuild a head; it sizes the model of a weights
+            file that does not tell. None: not checked.
+        mean: Mean the images were normalised with; None: the images are taken to be normalised for the teacher.
+        std: Standard deviation the images were normalised with; None as above.
+        in_chans: Channels of the images. Between grey and RGB the images are adapted; to any other count, timm adapts
+            the stem's weights.
+        img_size: Input size of the teacher; None: its own where that is fixed (ViT, Swin), else that of the images.
+        device: Where it runs; None: where the model is.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`: it runs in that precision outside autocast; `amp`: in
+            float32 inside the caller's autocast.
+        model: Architecture of a weights file.
+        model_kwargs: Further arguments of the architecture.
+        use_ema: Take the EMA weights of a checkpoint file.
+        class_map: Which classes of the teacher are the student's: a file or a name, see `load_class_map`.
+        class_map_missing: `error` refuses a map with classes the teacher lacks, `mask` gives them the logit -inf.
+
+    Attributes:
+        source: The spec, as a string.
+        model_name: Architecture.
+        num_params: Parameters of the model.
+        num_classes: Columns of the logits; None for a module that does not tell.
+
+    Raises:
+        UsageError: If the teacher cannot be had or cannot teach this student.
+    """
+
+    def __init__(
+            self,
+            spec: str | nn.Module,
+            num_classes: int | None = None,
+            mean: Sequence[float] | None = None,
+            std: Sequence[float] | None = None,
+            in_chans: int = 3,
+            img_size: int | tuple[int, int] | None = None,
+            device: torch.device | str | None = None,
+            dtype: str = 'auto',
+            *,
+            model: str | None = None,
+            model_kwargs: dict[str, Any] | None = None,
+            use_ema: bool = False,
+            class_map: str | Path | None = None,
+            class_map_missing: str = 'error',
+    ):
+        super().__init__()
+        if isinstance(spec, nn.Module):
+            self.source, net = type(spec).__name__, spec
+        else:
+            self.source = str(spec)
+            net = load_model(
+                self.source, num_classes, in_chans, img_size, model, model_kwargs, use_ema,
+                has_class_map=class_map is not None,
+            )
+        inner = unwrap_model(net)
+        cfg = {**_DEFAULT_CFG, **(getattr(inner, 'pretrained_cfg', None) or {})}
+        self.model_name = cfg.get('architecture') or type(inner).__name__
+        self.num_params = sum(p.numel() for p in net.parameters())
+        self.class_map_name = None if class_map is None else str(class_map)
+        own_classes = getattr(inner, 'num_classes', None)
+        device = torch.device(device) if device is not None else next((p.device for p in net.parameters()), None)
+        self.classes = None
+        if class_map is None:
+            check_num_classes(self.source, own_classes, num_classes)
+        else:
+            self.classes = ClassMap(self._load_map(class_map, num_classes, own_classes, class_map_missing), device)
+        self.num_classes = num_classes or own_classes
+
+        self.dtype_name = dtype
+        self.dtype = resolve_dtype(dtype, device or torch.device('cpu'))
+        self.channels_last = is_convolutional(net)
+        self.model = net.to(
+            device=device,
+            dtype=self.dtype,
+            memory_format=torch.channels_last if self.channels_last else torch.preserve_format,
+        ).eval().requires_grad_(False)
+        self.inputs = self._adapter(inner, cfg, in_chans, mean, std, img_size, device)
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._checked = False
+
+    @property
+    def members(self) -> list['Teacher']:
+        """The single teachers behind this one: itself."""
+        return [self]
+
+    def _load_map(
+            self,
+            class_map: str | Path,
+            num_classes: int | None,
+            own_classes: int | None,
+            missing: str,
+    ) -> list[int]:
+        if num_classes is None or own_classes is None:
+            raise UsageError(f'--teacher-class-map {class_map} needs the class counts of student and teacher')
+        return load_class_map(class_map, num_classes, own_classes, missing)
+
+    def _adapter(
+            self,
+            inner: nn.Module,
+            cfg: dict[str, Any],
+            in_chans: int,
+            mean: Sequence[float] | None,
+            std: Sequence[float] | None,
+            img_size: int | tuple[int, int] | None,
+            device: torch.device | None,
+    ) -> InputAdapter:
+        """What happens to the images, from what the built model expects."""
+        expects = get_model_input_config(inner)
+        chans = expects['input_size'][0] if hasattr(inner, 'pretrained_cfg') or hasattr(inner, 'in_chans') else in_chans
+        if not can_adapt_channels(in_chans, chans):
+            raise UsageError(f'--teacher {self.source} takes {chans} channels, the images have {in_chans}')
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if expects['fixed_input_size']:
+            own = tuple(expects['input_size'][1:])
+            if size is not None and tuple(size) != own:
+                raise UsageError(f'--teacher-img-size {size[0]}: --teacher {self.source} takes {own[0]}x{own[1]} only')
+            size = own
+        interpolation = cfg.get('interpolation')
+        return InputAdapter(
+            in_chans, mean, std, chans, cfg['mean'], cfg['std'],
+            size=None if size is None else tuple(size),
+            interpolation=interpolation if interpolation in ('bilinear', 'bicubic') else 'bicubic',
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+            device=device,
+        )
+
+    def train(self, mode: bool = True) -> 'Teacher':
+        """Stays in eval mode, whatever the mode of what holds it."""
+        return super().train(False)
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> 'Teacher':
+        """Compiles the forward, input adaptation included."""
+        self._compiled = torch.compile(self._logits, backend=backend, mode=mode, **compile_kwargs)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Answers a batch.
+
+        Args:
+            images: `[B, in_chans, H, W]` as the student gets them; never modified.
+
+        Returns:
+            Logits `[B, num_classes]` in float32, without gradient.
+
+        Raises:
+            UsageError: If the logits of the first batch are NaN or infinite, or of the wrong shape.
+        """
+        own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype_name != 'amp' else nullcontext()
+        with own_precision:
+            logits = (self._compiled or self._logits)(images)
+        if not self._checked:
+            self._check(logits, images)  # the only host sync, once
+        return logits if self.classes is None else self.classes(logits)
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        output = self.model(self.inputs(images))
+        if isinstance(output, dict):
+            output = output.get('logits')  # as the models of transformers return them
+        if isinstance(output, tuple | list) and output and all(isinstance(o, torch.Tensor) for o in output):
+            # class and distillation token of a distilled ViT: their mean is timm's own answer in eval mode
+            output = torch.stack([o.float() for o in output]).mean(0) if _same_shape(output) else None
+        if not isinstance(output, torch.Tensor) or output.ndim != 2:
+            raise UsageError(f'--teacher {self.source} ({self.model_name}) returns no logits [batch, classes]')
+        return output.float()
+
+    def _check(self, logits: torch.Tensor, images: torch.Tensor) -> None:
+        """Refuses a teacher whose first answers are of the wrong width, or not finite."""
+        if self.classes is None:
+            check_num_classes(self.source, logits.shape[1], self.num_classes)
+        if not torch.isfinite(logits).all():
+            if not torch.isfinite(images).all():
+                raise UsageError('the first batch of images holds NaN or infinity: see --mean, --std and the data')
+            narrow = self.dtype != torch.float32 or self.dtype_name == 'amp'
+            raise UsageError(
+                f'--teacher {self.source} returns NaN or infinite logits on the first batch: '
+                + ('try --teacher-dtype float32' if narrow else 'its weights are damaged')
+            )
+        self._checked = True
+
+    def weights_hash(self) -> str:
+        """sha256 of the weights as they are used: names, shapes, precision and values."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(clean_state_dict(self.model.state_dict()).items()):
+            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def describe(self, image_size: tuple[int, int] | None = None) -> str:
+        """One line on what the teacher is and does.
+
+        Args:
+            image_size: `(height, width)` of the images, to count the FLOPs of a teacher that takes any size.
+        """
+        size = self.inputs.size or image_size or get_model_input_config(unwrap_model(self.model))['input_size'][1:]
+        flops = count_flops(self.model, (self.inputs.teacher_chans, *size), self.dtype)
+        precision = str(self.dtype).removeprefix('torch.') + (' under autocast' if self.dtype_name == 'amp' else '')
+        parts = [
+            f'{self.source} ({self.model_name}): {self.num_params / 1e6:.2f} M parameters',
+            None if flops is None else f'{flops / 1e9:.2f} GFLOPs at {size[0]}x{size[1]}',
+            precision,
+            'channels-last' if self.channels_last else 'contiguous',
+            f'images {self.inputs.describe()}',
+        ]
+        if self.classes is not None:
+            lacking = f' ({self.classes.num_missing} masked)' if self.classes.num_missing else ''
+            parts.append(f'{self.num_classes} classes by {self.class_map_name}{lacking}')
+        return ', '.join(part for part in parts if part)
+
+
+def _same_shape(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(t.shape == tensors[0].shape for t in tensors)
