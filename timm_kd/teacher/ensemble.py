@@ -54,8 +54,13 @@ class TeacherEnsemble(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images `[B, in_chans, H, W]` -> log of the mean probabilities `[B, num_classes]`, float32, no gradient."""
-        log_probs = torch.stack([member(images).log_softmax(dim=1) for member in self._members])
-        return log_probs.logsumexp(dim=0) - math.log(len(self._members))
+        return self.combine([member(images) for member in self._members])
+
+    @staticmethod
+    def combine(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits `[B, num_classes]` of each member -> log of the mean probabilities `[B, num_classes]`."""
+        log_probs = torch.stack([each.log_softmax(dim=1) for each in logits])
+        return log_probs.logsumexp(dim=0) - math.log(len(logits))
 
     def weights_hash(self) -> str:
         """sha256 over the members' hashes, in their order."""

@@ -1,0 +1,295 @@
+"""One epoch of training, one pass of validation."""
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationEvaluator, TrainingTask
+from timm.utils import AverageMeter, dispatch_clip_grad
+from torch import nn
+
+from .meters import Predictions, StepTotals, create_evaluator
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a batch is brought to the model and its gradient to the optimizer.
+
+    Args:
+        device: Where the model is.
+        dtype: Dtype of the model and its images; None for float32.
+        autocast: Makes the context that forwards run in.
+        prefetched: Whether the loader delivers to the device (timm's `PrefetchLoader`).
+        channels_last: Memory format of the images.
+        grad_accum_steps: Batches per optimizer update; the last update of an epoch may have fewer.
+        clip_grad: Gradient clipping value; None for none.
+        clip_mode: 'norm', 'value' or 'agc'.
+        synchronize: Wait for the device after each update (`--synchronize-step`).
+        batch_loss_scale: 'none', 'sqrt' or 'linear': scale of the loss with the batch size.
+        reference_batch_size: The batch size whose loss scale is 1.
+    """
+    device: torch.device
+    dtype: torch.dtype | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    prefetched: bool = True
+    channels_last: bool = False
+    grad_accum_steps: int = 1
+    clip_grad: float | None = None
+    clip_mode: str = 'norm'
+    synchronize: bool = False
+    batch_loss_scale: str = 'none'
+    reference_batch_size: int = 1
+
+    def place(self, input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Brings a batch of a loader without prefetcher to the device."""
+        if self.prefetched:
+            return input, target
+        return input.to(device=self.device, dtype=self.dtype), target.to(device=self.device)
+
+    def arrange(self, input: torch.Tensor) -> torch.Tensor:
+        """Puts images into the model's memory format."""
+        return input.contiguous(memory_format=torch.channels_last) if self.channels_last else input
+
+    def loss_scale(self, batch_size: int) -> float:
+        """Returns the factor that the loss of a batch of this size gets."""
+        if self.batch_loss_scale == 'none':
+            return 1.0
+        ratio = batch_size / self.reference_batch_size
+        return ratio if self.batch_loss_scale == 'linear' else ratio ** 0.5
+
+
+@dataclass
+class Progress:
+    """Where an epoch stands after an update; what logs and recovery checkpoints need."""
+    epoch: int
+    update_idx: int
+    updates_per_epoch: int
+    batch_idx: int
+    input: torch.Tensor
+    step_time: AverageMeter
+    data_time: AverageMeter
+    samples: int
+
+
+class _Accumulation:
+    """Which batches of an epoch end an update, and by how many batches each one's gradient is divided."""
+
+    def __init__(self, num_batches: int, steps: int):
+        self.num_batches = num_batches
+        self.steps = steps
+        self.last_steps = num_batches % steps or steps
+        self.updates = (num_batches + steps - 1) // steps
+
+    def ends_update(self, batch_idx: int) -> bool:
+        return (batch_idx + 1) % self.steps == 0 or batch_idx == self.num_batches - 1
+
+    def divisor(self, batch_idx: int) -> int:
+        return self.last_steps if batch_idx >= self.num_batches - self.last_steps else self.steps
+
+
+def train_one_epoch(
+        task: TrainingTask,
+        loader: torch.utils.data.DataLoader,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        settings: StepSettings,
+        totals: StepTotals,
+        *,
+        loss_scaler: Callable | None = None,
+        lr_scheduler: Scheduler | None = None,
+        mixup_fn: Callable | None = None,
+        teacher_logits: Callable[[int], torch.Tensor | None] | None = None,
+        first_batch: int = 0,
+        on_update: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Trains for an epoch, step for step as timm's script does.
+
+    Nothing in a step waits for the device: losses are summed there in float64 and read when `on_update` asks.
+
+    Args:
+        task: The task; `task(input, target)` returns a dict with `loss` and further scalars to average.
+        loader: Training loader; an epoch has `len(loader)` batches.
+        optimizer: The optimizer.
+        epoch: Number of the epoch, from 0.
+        settings: How batches and gradients are handled.
+        totals: Takes the sums of all scalars that the task returns.
+        loss_scaler: timm's `NativeScaler` under float16 AMP.
+        lr_scheduler: Stepped after each update.
+        mixup_fn: timm's `Mixup`, for loaders without prefetcher.
+        teacher_logits: Gives the stored teacher logits of a batch index, or None to compute them.
+        first_batch: Batches of this epoch that are already done (and that the loader leaves out).
+        on_update: Called after each update.
+    """
+    accumulation = _Accumulation(len(loader), settings.grad_accum_steps)
+    create_graph = getattr(optimizer, 'is_second_order', False)
+    num_updates = epoch * accumulation.updates + first_batch // settings.grad_accum_steps
+    step_time, data_time = AverageMeter(), AverageMeter()
+    task.train()
+    optimizer.zero_grad()
+    samples, data_seconds, update_start = 0, 0.0, time.time()
+    for batch_idx, (input, target), seconds in _timed(loader, first_batch):
+        data_seconds += seconds
+        input, target = settings.place(input, target)
+        if mixup_fn is not None:
+            input, target = mixup_fn(input, target)
+        input = settings.arrange(input)
+        stored = {} if teacher_logits is None else {'teacher_logits': teacher_logits(batch_idx)}
+        need_update = accumulation.ends_update(batch_idx)
+        with nullcontext() if need_update else task.no_sync():
+            with settings.autocast():
+                result = task(input, target, **stored)
+                divisor = accumulation.divisor(batch_idx)
+                loss = result['loss'] * settings.loss_scale(len(input)) if settings.batch_loss_scale != 'none' \
+                    else result['loss']
+                if divisor > 1:
+                    loss = loss / divisor
+            _backward(loss, task, optimizer, settings, loss_scaler, create_graph, need_update)
+        totals.update(result, loss, divisor, batch_idx, len(input))
+        samples += len(input)
+        if not need_update:
+            continue
+        num_updates += 1
+        optimizer.zero_grad()
+        task.update_ema(step=num_updates)
+        if settings.synchronize and settings.device.type == 'cuda':
+            torch.cuda.synchronize()
+        now = time.time()
+        step_time.update(now - update_start)
+        data_time.update(data_seconds)
+        on_update(Progress(
+            epoch, batch_idx // settings.grad_accum_steps, accumulation.updates, batch_idx, input, step_time, data_time,
+            samples,
+        ))
+        if lr_scheduler is not None:
+            lr_scheduler.step_update(num_updates=num_updates)
+        samples, data_seconds, update_start = 0, 0.0, now
+    if hasattr(optimizer, 'sync_lookahead'):
+        optimizer.sync_lookahead()
+
+
+def _timed(loader: torch.utils.data.DataLoader, first_batch: int) -> Iterator[tuple[int, tuple, float]]:
+    """Enumerates the batches with the seconds that each was waited for."""
+    start = time.time()
+    for batch_idx, batch in enumerate(loader, start=first_batch):
+        yield batch_idx, batch, time.time() - start
+        start = time.time()
+
+
+def _backward(
+        loss: torch.Tensor,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        settings: StepSettings,
+        loss_scaler: Callable | None,
+        create_graph: bool,
+        need_update: bool,
+) -> None:
+    def parameters():
+        return task.get_clip_parameters(exclude_head='agc' in settings.clip_mode)
+
+    if loss_scaler is not None:
+        loss_scaler(
+            loss,
+            optimizer,
+            clip_grad=settings.clip_grad,
+            clip_mode=settings.clip_mode,
+            parameters=parameters(),
+            create_graph=create_graph,
+            need_update=need_update,
+        )
+        return
+    loss.backward(create_graph=create_graph)
+    if need_update:
+        if settings.clip_grad is not None:
+            dispatch_clip_grad(parameters(), value=settings.clip_grad, mode=settings.clip_mode)
+        optimizer.step()
+
+
+@torch.no_grad()
+def validate(
+        model: nn.Module,
+        loader: torch.utils.data.DataLoader,
+        evaluator: ClassificationEvaluator,
+        settings: StepSettings,
+        *,
+        tta: int = 0,
+        distributed: bool = False,
+        on_batch: Callable[[int, torch.Tensor], None] = lambda batch_idx, output: None,
+) -> OrderedDict[str, float]:
+    """Evaluates a model on a loader with timm's evaluator.
+
+    Args:
+        model: Maps images to logits `[B, C]`.
+        loader: Validation loader.
+        evaluator: What accumulates the metrics.
+        settings: How batches are handled.
+        tta: Copies of each sample that stand side by side in a batch, whose logits are averaged.
+        distributed: Sum the counts over all ranks.
+        on_batch: Called with the batch index and the logits of each batch.
+
+    Returns:
+        `loss`, `top1` and `top5`, the latter two in percent.
+    """
+    model.eval()
+    for batch_idx, (input, target) in enumerate(loader):
+        input, target = settings.place(input, target)
+        with settings.autocast():
+            output = model(settings.arrange(input))
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        if tta > 1:
+            output, target = output.unfold(0, tta, tta).mean(dim=2), target[0:target.size(0):tta]
+        evaluator.update(output, target)
+        on_batch(batch_idx, output)
+    return evaluator.compute(distributed=distributed)
+
+
+@torch.no_grad()
+def evaluate_teacher(
+        task: TrainingTask,
+        loader: torch.utils.data.DataLoader,
+        settings: StepSettings,
+        distributed: bool = False,
+) -> tuple[list[OrderedDict[str, float]], torch.Tensor]:
+    """Evaluates the task's teacher, each member of several, in one pass.
+
+    Args:
+        task: A `KDTask` with a teacher.
+        loader: Validation loader.
+        settings: How batches are handled.
+        distributed: Sum the counts over all ranks.
+
+    Returns:
+        Metrics of each member, and the classes `[N]` that the teacher predicts, in the order of the loader.
+    """
+    teacher = task.teacher
+    evaluators = [create_evaluator(task, loader) for _ in teacher.members]
+    predictions = Predictions()
+    for batch_idx, (input, target) in enumerate(loader):
+        input, target = settings.place(input, target)
+        with settings.autocast():
+            answers = [member(input) for member in teacher.members]
+        for evaluator, logits in zip(evaluators, answers, strict=True):
+            evaluator.update(logits, target)
+        predictions.add(batch_idx, answers[0] if len(answers) == 1 else teacher.combine(answers))
+    metrics = [evaluator.compute(distributed=distributed) for evaluator in evaluators]
+    for member, result in zip(teacher.members, metrics, strict=True):
+        _report_teacher(member, result, tuple(input.shape[-2:]))
+    return metrics, predictions.tensor()
+
+
+def _report_teacher(teacher: nn.Module, metrics: OrderedDict[str, float], image_size: tuple[int, int]) -> None:
+    _logger.info(
+        f'Teacher {teacher.describe(image_size)}: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % '
+        'on the validation set')
+    chance = 100 / teacher.num_classes
+    if metrics['top1'] <= chance:
+        _logger.warning(
+            f'--teacher {teacher.source} is no better than chance (top-1 {metrics["top1"]:.2f} %, chance {chance:.2f} %): '
+            'its classes are usually in another order than the data set has them (--class-map, --teacher-class-map).')

@@ -1,0 +1,268 @@
+"""The epochs of a run: train, validate, record, save; stop and take up anywhere."""
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from timm.utils import NativeScaler, distribute_bn
+from torch.utils.data import DataLoader
+
+from .checkpoint import AtomicSaver, ema_random_state, gather_random_states, set_ema_random_state
+from .data import TrainData
+from .engine import Progress, StepSettings, train_one_epoch, validate
+from .logs import RunLog
+from .meters import Agreement, NonFiniteLoss, StepTotals, create_evaluator
+from .random_state import get_random_state, set_random_state
+from .runtime import SkippedSteps, Terminated, TerminationSignal
+from .summary import Summary
+from .task import KDTask
+
+_logger = logging.getLogger('train')
+
+SKIPPED_STEPS_ALLOWED = 10
+
+
+@dataclass
+class LoopSettings:
+    """What the epochs of a run are like; the flags of the same names."""
+    num_epochs: int
+    start_epoch: int = 0
+    val_interval: int = 1
+    recovery_interval: int = 0
+    mixup_off_epoch: int = 0
+    save_epochs: tuple[int, ...] = ()
+    eval_metric: str = 'top1'
+    eval_ema: bool = True
+    dist_bn: str = ''
+    tta: int = 0
+    distributed: bool = False
+    world_size: int = 1
+    rank: int = 0
+
+
+@dataclass
+class Loop:
+    """A run in progress.
+
+    Args:
+        task: The task, wrapped for its ranks.
+        optimizer: Its optimizer.
+        data: The training side of the data.
+        eval_loader: Validation loader, or None.
+        steps: How a batch becomes an update.
+        settings: What the epochs are like.
+        log: Where reports go.
+        run_id: Names the run in its checkpoints.
+        loss_scaler: timm's, under float16 AMP.
+        lr_scheduler: timm's, or None.
+        saver: On the primary rank.
+        summary: On the primary rank.
+        teacher_predictions: The teacher's classes on the validation set, `[N]`.
+        history: Results of the epochs that are done.
+    """
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    data: TrainData
+    eval_loader: DataLoader | None
+    steps: StepSettings
+    settings: LoopSettings
+    log: RunLog
+    run_id: str
+    loss_scaler: NativeScaler | None = None
+    lr_scheduler: Scheduler | None = None
+    saver: AtomicSaver | None = None
+    summary: Summary | None = None
+    teacher_predictions: torch.Tensor | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.first_batch = 0
+        self.totals = StepTotals(self.steps.device)
+        self.termination = TerminationSignal()
+        self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
+        self._trained_epoch_random = None
+
+    def restore(self, state: dict[str, Any], same_epoch: bool) -> None:
+        """Takes up the state that an exact resume needs beyond timm's.
+
+        Args:
+            state: The run state of the checkpoint that was resumed from; empty for one of timm's script.
+            same_epoch: The run continues inside the checkpoint's epoch.
+        """
+        set_ema_random_state(self.task, state.get('ema_random'))
+        if self.settings.rank < len(state.get('random', [])):
+            set_random_state(state['random'][self.settings.rank])
+        if same_epoch:
+            self.first_batch = state['batch']
+            self.totals.load_state_dict(state['totals'])
+
+    def run(self) -> list[dict[str, Any]]:
+        """Trains to the last epoch and returns the results of all epochs."""
+        settings = self.settings
+        updates = -(-len(self.data.loader) // self.steps.grad_accum_steps)
+        try:
+            with self.termination:
+                self.log.start((settings.num_epochs - settings.start_epoch) * updates)
+                for epoch in range(settings.start_epoch, settings.num_epochs):
+                    self._train_epoch(epoch)
+                    self._finish_epoch(epoch)
+        finally:
+            self.log.close()
+        return self.history
+
+    def _train_epoch(self, epoch: int) -> None:
+        if not self.first_batch:
+            self.totals = StepTotals(self.steps.device)
+        self.data.set_epoch(epoch, self.first_batch)
+        if self.settings.mixup_off_epoch and epoch >= self.settings.mixup_off_epoch:
+            self.data.disable_mixup()
+        if isinstance(self.task, KDTask):
+            self.task.set_epoch(epoch + 1)
+        if self.first_batch < len(self.data.loader):
+            train_one_epoch(
+                self.task,
+                self.data.loader,
+                self.optimizer,
+                epoch,
+                self.steps,
+                self.totals,
+                loss_scaler=self.loss_scaler,
+                lr_scheduler=self.lr_scheduler,
+                mixup_fn=self.data.mixup_fn,
+                first_batch=self.first_batch,
+                on_update=self._after_update,
+            )
+            self._check_finite(epoch)
+            self._distribute_bn(self.task.get_trainable_module())
+        self.first_batch = 0
+        # Validation draws from the random streams: a run stopped in it starts over from here.
+        self._trained_epoch_random = gather_random_states(self.settings.distributed)
+
+    def _after_update(self, progress: Progress) -> None:
+        settings = self.settings
+        self.log.step(progress)
+        if self.skipped is not None and self.skipped.count_update() >= SKIPPED_STEPS_ALLOWED:
+            self.totals.check_finite(progress.epoch)
+            raise NonFiniteLoss(
+                f'epoch {progress.epoch}, batch {progress.batch_idx}: the gradients are not finite, '
+                f'{SKIPPED_STEPS_ALLOWED} steps in a row were skipped')
+        if self.log.is_due(progress):
+            self._check_finite(progress.epoch)
+            self.log.train(progress, self.totals, self._lr())
+        due = settings.recovery_interval and (progress.update_idx + 1) % settings.recovery_interval == 0
+        if due or self.termination.received:
+            self._check_finite(progress.epoch)
+            random = [get_random_state()] if self.termination.received else gather_random_states(settings.distributed)
+            self._save_recovery(progress.epoch, progress.update_idx, progress.batch_idx + 1, random)
+        if self.termination.received:
+            raise Terminated(f'epoch {progress.epoch}, update {progress.update_idx}')
+
+    def _check_finite(self, epoch: int) -> None:
+        self.totals.check_finite(epoch, allowed_in_a_row=SKIPPED_STEPS_ALLOWED if self.loss_scaler is not None else 0)
+
+    def _save_recovery(self, epoch: int, update_idx: int, batch: int, random: list[dict]) -> None:
+        if self.saver is not None:
+            self.saver.run_state = dict(
+                self._run_state(random),
+                batch=batch,
+                totals=self.totals.state_dict(),
+                epoch_trained=batch == len(self.data.loader),
+            )
+            self.saver.save_recovery(epoch, batch_idx=update_idx)
+
+    def _run_state(self, random: list[dict]) -> dict[str, Any]:
+        return {
+            'run_id': self.run_id,
+            'random': random,
+            'ema_random': ema_random_state(self.task),
+            'history': self.history,
+        }
+
+    def _finish_epoch(self, epoch: int) -> None:
+        """Validates, writes the summary's row and saves, in timm's order."""
+        settings = self.settings
+        train_metrics = self.totals.averages(settings.world_size)
+        completed = epoch + 1
+        if completed % settings.val_interval and completed != settings.num_epochs:
+            _logger.info(f'Skipping eval for epoch: {epoch}')
+            self._save(epoch, None)
+            self._step_scheduler(completed, None)
+            return
+        eval_metrics = self._validate(epoch) if self.eval_loader is not None else None
+        self.history.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
+        if self.summary is not None:
+            self.log.epoch(self.summary.append(epoch, train_metrics, eval_metrics, self._lr()))
+        metric = (eval_metrics or train_metrics)[settings.eval_metric]
+        self._save(epoch, metric)
+        self._step_scheduler(completed, metric)
+
+    def _save(self, epoch: int, metric: float | None) -> None:
+        random = gather_random_states(self.settings.distributed)
+        if self.saver is None:
+            return
+        self.saver.run_state = self._run_state(random)
+        self.saver.save_checkpoint(epoch, metric=metric)
+        if epoch + 1 in self.settings.save_epochs:
+            self.saver.save_milestone(epoch + 1)
+
+    def _step_scheduler(self, completed: int, metric: float | None) -> None:
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(completed, metric)
+
+    def _lr(self) -> float:
+        rates = [group['lr'] for group in self.optimizer.param_groups]
+        return sum(rates) / len(rates)
+
+    def _distribute_bn(self, model: torch.nn.Module) -> None:
+        if self.settings.distributed and self.settings.dist_bn in ('broadcast', 'reduce'):
+            _logger.info('Distributing BatchNorm running means and vars')
+            distribute_bn(model, self.settings.world_size, self.settings.dist_bn == 'reduce')
+
+    def _validate(self, epoch: int) -> dict[str, float]:
+        """Returns the metrics of the student, or of its EMA where there is one on the device."""
+        metrics = self._validate_model(epoch, self.task.get_eval_model(), 'Test')
+        if self.task.has_ema() and self.settings.eval_ema:
+            self._distribute_bn(self.task.get_trainable_module(ema=True))
+            metrics = self._validate_model(epoch, self.task.get_eval_model(ema=True), 'Test (EMA)')
+        return metrics
+
+    def _validate_model(self, epoch: int, model: torch.nn.Module, name: str) -> dict[str, float]:
+        evaluator = create_evaluator(self.task, self.eval_loader)
+        report = self.log.validation(evaluator, len(self.eval_loader) - 1, name)
+        agreement = None
+        if self.teacher_predictions is not None:
+            agreement = Agreement(self.teacher_predictions, self.eval_loader)
+
+        def on_batch(batch_idx: int, output: torch.Tensor) -> None:
+            report(batch_idx, output)
+            if agreement is not None:
+                agreement.add(batch_idx, output)
+            if self.termination.received:
+                last_update = -(-len(self.data.loader) // self.steps.grad_accum_steps) - 1
+                self._save_recovery(epoch, last_update, len(self.data.loader), self._trained_epoch_random)
+                raise Terminated(f'epoch {epoch}, validation')
+
+        metrics = validate(
+            model,
+            self.eval_loader,
+            evaluator,
+            self.steps,
+            tta=self.settings.tta,
+            distributed=self.settings.distributed,
+            on_batch=on_batch,
+        )
+        if agreement is not None:
+            metrics['agreement'] = agreement.percent(self.settings.distributed)
+        return metrics
+
+
+def print_results(history: list[dict[str, Any]], best_epoch: int | None, **further: Any) -> None:
+    """Prints the `--result` block that timm's tools parse from the end of stdout."""
+    results = {'all': history, **further}
+    best = next((result for result in history if result['epoch'] == best_epoch), None)
+    if best is not None:
+        results['best'] = best
+    print(f'--result\n{json.dumps(results, indent=4)}')

@@ -1,0 +1,139 @@
+"""What is counted during an epoch, on the device and without waiting for it."""
+import torch
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.utils import reduce_tensor
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; the message names epoch, batch and component."""
+
+
+class StepTotals:
+    """Sample-weighted sums of the scalars that a task returns, and the first batch in which each was not finite.
+
+    The sums are what timm's `AverageMeter` computes on the host: float64, in the order of the batches.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.dtype = torch.float32 if device.type == 'mps' else torch.float64
+        self.names: tuple[str, ...] = ()
+        self.count = 0
+        self.sums = self.last = self.first_bad = self.bad_in_a_row = None
+
+    def _start(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), dtype=self.dtype, device=self.device)
+        self.first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=self.device)
+        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def update(
+            self,
+            result: dict[str, torch.Tensor],
+            loss: torch.Tensor,
+            divisor: int,
+            batch_idx: int,
+            samples: int,
+    ) -> None:
+        """Adds a batch: `loss` as it went into backward (divided by `divisor`), the other scalars as `result` has them."""
+        names = ('loss', *(name for name in result if name not in ('loss', 'output')))
+        if not self.names:
+            self._start(names)
+        values = torch.stack([loss.detach().float(), *(result[name].detach().float() for name in names[1:])])
+        bad = ~values.isfinite()
+        self.first_bad = torch.where(bad & (self.first_bad < 0), batch_idx, self.first_bad)
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad.any()
+        self.last = values.to(self.dtype)
+        if divisor > 1:
+            self.last[0] *= divisor
+        self.sums += self.last * samples
+        self.count += samples
+
+    def averages(self, world_size: int = 1) -> dict[str, float]:
+        """Returns the mean of each scalar over the samples so far, averaged over the ranks."""
+        return self._read(self.sums / self.count, world_size)
+
+    def latest(self, world_size: int = 1) -> dict[str, float]:
+        """Returns each scalar of the last batch, averaged over the ranks."""
+        return self._read(self.last, world_size)
+
+    def _read(self, values: torch.Tensor, world_size: int) -> dict[str, float]:
+        if world_size > 1:
+            values = reduce_tensor(values, world_size)
+        return dict(zip(self.names, values.tolist(), strict=True))
+
+    def check_finite(self, epoch: int, allowed_in_a_row: int = 0) -> None:
+        """Waits for the device and raises if a loss was not finite.
+
+        Args:
+            epoch: For the message.
+            allowed_in_a_row: Batches in a row that may be bad, because a loss scaler skips them.
+
+        Raises:
+            NonFiniteLoss: Naming the epoch, the first bad batch and the component that failed first.
+        """
+        bad = {name: batch for name, batch in zip(self.names, self.first_bad.tolist(), strict=True) if batch >= 0}
+        if not bad or (allowed_in_a_row and int(self.bad_in_a_row) < allowed_in_a_row):
+            return
+        # Sums come after their parts: the last name with the smallest batch index is the most specific one.
+        component = min(reversed(bad), key=bad.get)
+        raise NonFiniteLoss(f'epoch {epoch}, batch {bad[component]}: {component} is not finite')
+
+    def state_dict(self) -> dict:
+        """Returns the running sums for a recovery checkpoint."""
+        return {'names': list(self.names), 'sums': self.sums.tolist(), 'count': self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up the sums of an interrupted epoch."""
+        self._start(tuple(state['names']))
+        self.sums += torch.tensor(state['sums'], dtype=self.dtype, device=self.device)
+        self.count = state['count']
+
+
+class Predictions:
+    """The classes that a model predicts for a validation set, in the loader's order, on the device."""
+
+    def __init__(self) -> None:
+        self._batches: list[torch.Tensor] = []
+
+    def add(self, batch_idx: int, output: torch.Tensor) -> None:
+        """Keeps the arg-max of a batch of logits `[B, C]`."""
+        self._batches.append(output.argmax(dim=-1))
+
+    def tensor(self) -> torch.Tensor:
+        """Returns all predictions, `[N]` int64."""
+        return torch.cat(self._batches)
+
+
+class Agreement:
+    """Counts how often a model predicts what the teacher predicted.
+
+    Args:
+        teacher_predictions: `[N]` classes, in the order of the loader that the model is evaluated on.
+        loader: That loader; the padding of a distributed sampler is not counted.
+    """
+
+    def __init__(self, teacher_predictions: torch.Tensor, loader: torch.utils.data.DataLoader):
+        limit = evaluation_sample_limit(loader)
+        self.expected = teacher_predictions if limit is None else teacher_predictions[:limit]
+        self.seen = 0
+        self.agreed = torch.zeros((), dtype=torch.int64, device=teacher_predictions.device)
+
+    def add(self, batch_idx: int, output: torch.Tensor) -> None:
+        """Compares a batch of logits `[B, C]`."""
+        expected = self.expected[self.seen:self.seen + len(output)]
+        self.agreed += (output.argmax(dim=-1)[:len(expected)] == expected).sum()
+        self.seen += len(output)
+
+    def percent(self, distributed: bool = False) -> float:
+        """Returns the share of agreeing samples over all ranks, in percent."""
+        counts = torch.stack([self.agreed, torch.tensor(len(self.expected), device=self.agreed.device)])
+        if distributed:
+            torch.distributed.all_reduce(counts)
+        agreed, total = counts.tolist()
+        return 100 * agreed / max(total, 1)
+
+
+def create_evaluator(task, loader: torch.utils.data.DataLoader) -> ClassificationEvaluator:
+    """Returns the task's evaluator for a loader, padding of a distributed sampler excluded."""
+    return task.create_evaluator(max_samples=evaluation_sample_limit(loader))

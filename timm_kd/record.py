@@ -1,0 +1,101 @@
+"""run.json: what a run was made of, for those who come after it (`--resume auto`, the model card)."""
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .checkpoint import write_atomically
+from .cli import KDSettings
+from .task import KDTask
+from .version import __version__
+
+
+def read_run_id(folder: str | Path) -> str | None:
+    """Returns the id of the run that a folder belongs to, or None where this script has not written it."""
+    path = Path(folder, 'run.json')
+    return json.loads(path.read_text())['run_id'] if path.exists() else None
+
+
+class RunRecord:
+    """The content of run.json.
+
+    Args:
+        run_id: The id that the run's checkpoints bear.
+        argv: The command line, without the program's name.
+        model: Name of the student's architecture.
+        student: The student.
+        pretrained_source: Where the student's initial weights came from, or None for none.
+        data_config: timm's data config of the images.
+        class_names: Names of the classes, or None.
+        kd: The distillation, or None.
+        task: The task.
+        eval_metric: The metric that ranks checkpoints.
+    """
+
+    def __init__(
+            self,
+            run_id: str,
+            argv: list[str],
+            model: str,
+            student: nn.Module,
+            pretrained_source: str | None,
+            data_config: dict[str, Any],
+            class_names: list[str] | None,
+            kd: KDSettings | None,
+            task: nn.Module,
+            eval_metric: str,
+    ):
+        self.content: dict[str, Any] = {
+            'run_id': run_id,
+            'timm_kd': __version__,
+            'timm': timm.__version__,
+            'torch': torch.__version__,
+            'command': shlex.join(['train-kd', *argv]),
+            'student': {
+                'model': model,
+                'parameters': sum(p.numel() for p in student.parameters()),
+                'num_classes': student.num_classes,
+                'data_config': {**data_config, 'input_size': list(data_config['input_size'])},
+                'class_names': class_names,
+                'pretrained_source': pretrained_source,
+            },
+            'teacher': None,
+            'loss': _loss_record(kd, task) if kd is not None else None,
+            'eval_metric': eval_metric,
+            'best': None,
+        }
+        teacher = getattr(task, 'teacher', None)
+        if teacher is not None:
+            self.content['teacher'] = [
+                {
+                    'source': member.source,
+                    'model': member.model_name,
+                    'parameters': member.num_params,
+                    'top1': None,
+                    'top5': None,
+                }
+                for member in teacher.members
+            ]
+
+    def set_teacher_metrics(self, metrics: list[dict[str, float]]) -> None:
+        """Notes what each teacher reaches on the validation set."""
+        for teacher, result in zip(self.content['teacher'], metrics, strict=True):
+            teacher.update(top1=result['top1'], top5=result['top5'])
+
+    def write(self, folder: str | Path) -> None:
+        """Writes run.json."""
+        write_atomically(Path(folder, 'run.json'), json.dumps(self.content, indent=2) + '\n')
+
+
+def _loss_record(kd: KDSettings, task: KDTask) -> dict[str, Any]:
+    return {
+        'name': kd.loss,
+        'parameters': {name: getattr(task.kd_loss, name) for name in task.kd_loss.hyper_parameters()},
+        'task_loss_weight': kd.task_loss_weight,
+        'distill_loss_weight': kd.distill_loss_weight,
+        'warmup_epochs': kd.warmup_epochs,
+    }

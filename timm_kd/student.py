@@ -1,0 +1,131 @@
+"""args -> the model to train, built as timm's script builds it."""
+import argparse
+import logging
+from typing import Any
+
+import torch
+from timm.data.model_config import resolve_input_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import create_model, load_checkpoint, resolve_model_input_args
+from timm.utils import set_jit_fuser
+from torch import nn
+
+from .errors import UsageError
+from .random_state import preserved_random_state
+
+_logger = logging.getLogger(__name__)
+
+
+def create_student(
+        args: argparse.Namespace,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        primary: bool = True,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Creates the student on its device, and the data configuration that its images follow.
+
+    Sets `args.num_classes` where the flag left it to the model.
+
+    Returns:
+        The model, and timm's data config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+
+    Raises:
+        UsageError: If timm cannot build the model that the flags describe.
+    """
+    if args.fuser:
+        set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    try:
+        model = _create_model(args)
+        _adjust_head(model, args)
+        if args.num_classes is None:
+            args.num_classes = model.num_classes
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+        data_config = resolve_input_data_config(model, vars(args), verbose=primary)
+    except FileNotFoundError as error:
+        path = args.initial_checkpoint or args.pretrained_path
+        raise UsageError(f'--initial-checkpoint or --pretrained-path {path}: no such file.') from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+        raise UsageError(f'--model {args.model}: {error}') from error
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=device, dtype=dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ''  # synchronised statistics need no further distribution
+        model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        model = torch.jit.script(model)
+    if primary:
+        _logger.info(f'Model {args.model} created, param count: {sum(p.numel() for p in model.parameters())}')
+    return model, data_config
+
+
+def _create_model(args: argparse.Namespace) -> nn.Module:
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
+    factory_args = resolve_model_input_args(
+        args.model,
+        vars(args),
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        pretrained_cfg_overlay=overlay,
+        **args.model_kwargs,
+    )
+    model = create_model(
+        pretrained=args.pretrained,
+        pretrained_cfg_overlay=overlay,
+        scriptable=args.torchscript or None,
+        **factory_args,
+    )
+    if args.initial_checkpoint:
+        load_checkpoint(model, args.initial_checkpoint)
+    return model
+
+
+def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    head = model.get_classifier()
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            head.weight.mul_(args.head_init_scale)
+            head.bias.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            nn.init.constant_(head.bias, args.head_init_bias)
+
+
+def check_returns_logits(model: nn.Module, name: str, input_size: tuple[int, int, int], num_classes: int) -> None:
+    """Refuses a student whose training output a loss on logits cannot read, such as a distilled DeiT's tuple.
+
+    One forward of two blank images in training mode; buffers and random streams are left as they were.
+
+    Raises:
+        UsageError: If the output is not a tensor `[B, num_classes]`.
+    """
+    parameter = next(model.parameters())
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    was_training = model.training
+    with preserved_random_state(), torch.no_grad():
+        output = model.train()(torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype))
+        for key, value in model.named_buffers():
+            value.copy_(buffers[key])
+    model.train(was_training)
+    if not isinstance(output, torch.Tensor):
+        raise UsageError(
+            f'--model {name} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
+            'distillation losses are defined on one set of logits: take a model without a distillation head '
+            '(deit_tiny_patch16_224 for deit_tiny_distilled_patch16_224).'
+        )
+    if output.shape != (2, num_classes):
+        raise UsageError(
+            f'--model {name} returns outputs of shape {tuple(output.shape[1:])} for an image, the distillation losses '
+            f'need {num_classes} logits: leave --gp and --model-kwargs at their defaults.'
+        )
