@@ -1,0 +1,99 @@
+"""Which samples a batch holds, and the key under which its draws are made."""
+import math
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import BatchSampler
+
+from .draws import ORDER, derive_seed
+
+
+class BatchKey(NamedTuple):
+    """What a worker must know of a batch: its samples, and the place in the run that seeds its draws."""
+
+    epoch: int
+    first: int  # position of row 0 in the epoch
+    stride: int  # world size: positions from one row to the next
+    samples: list  # indices, or timm's (index, choice) pairs under --train-img-sizes
+    mixup_enabled: bool
+
+    def position(self, row: int) -> int:
+        return self.first + row * self.stride
+
+
+class ReplayBatchSampler:
+    """The batches of one rank as `BatchKey`s, in an order that is a function of (seed, epoch).
+
+    Args:
+        batches: Batch sampler over a sampler that has `set_epoch(n)` and shuffles by n alone.
+        seed: Seed of the run, the same on every rank.
+        collate_fn: Collation of the loader; if it mixes, its `mixup_enabled` at the start of an epoch holds for it.
+        num_epochs: Distinct epochs, after which the first comes again; None: all are distinct.
+    """
+
+    def __init__(
+            self,
+            batches: BatchSampler | ScheduledBatchSampler,
+            seed: int,
+            collate_fn: Any = None,
+            num_epochs: int | None = None,
+    ) -> None:
+        self.batches = batches
+        self.seed = seed
+        self.collate_fn = collate_fn
+        self.num_epochs = num_epochs
+        self.rank = batches.sampler.rank
+        self.world_size = batches.sampler.num_replicas
+        self.num_repeats = math.ceil(getattr(batches.sampler, 'num_repeats', 1))
+        self.issued: deque[BatchKey] = deque()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose what the next iteration yields.
+
+        Args:
+            epoch: Epoch, from 0.
+            start_batch: Batches of the epoch to leave out, for a run that resumes inside it. `len` still counts all.
+        """
+        self.epoch = epoch = epoch % self.num_epochs if self.num_epochs else epoch
+        self.start_batch = start_batch
+        self._order = None
+        if isinstance(self.batches, ScheduledBatchSampler):
+            self.batches.set_epoch(epoch)
+        self.batches.sampler.set_epoch(derive_seed(self.seed, ORDER, epoch) >> 1)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        issued = self.issued = deque()
+        epoch, start_batch = self.epoch, self.start_batch
+        mixup_enabled = getattr(self.collate_fn, 'mixup_enabled', False)
+        num_seen = 0
+        for number, samples in enumerate(self.batches):
+            key = BatchKey(epoch, num_seen * self.world_size + self.rank, self.world_size, samples, mixup_enabled)
+            num_seen += len(samples)
+            if number >= start_batch:
+                issued.append(key)
+                yield key
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def rows(self, batch: int, num_batches: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Tell which rows batches of the epoch set last hold, without loading them.
+
+        Args:
+            batch: Number of the first batch in the epoch, from 0.
+            num_batches: How many batches.
+
+        Returns:
+            Sample indices and positions of their rows on this rank, `[num_batches * B]` int64 each.
+        """
+        if isinstance(self.batches, ScheduledBatchSampler):
+            raise TypeError('The rows of a batch are not known ahead with --train-img-sizes.')
+        if self._order is None:
+            self._order = np.fromiter(self.batches.sampler, dtype=np.int64, count=len(self.batches.sampler))
+        start = batch * self.batches.batch_size
+        indices = self._order[start:start + num_batches * self.batches.batch_size]
+        return indices, (start + np.arange(len(indices))) * self.world_size + self.rank

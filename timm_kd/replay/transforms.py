@@ -1,0 +1,115 @@
+"""Augmentation, Mixup and random erasing, all of them timm's, under the key of their batch."""
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.data import FastCollateMixup, Mixup
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset, get_worker_info
+
+from ..errors import UsageError
+from .batches import BatchKey
+from .draws import ERASING, MIXUP, SAMPLE, derive_seed, preserved_generators, seed_generators
+
+if TYPE_CHECKING:
+    from .loader import ReplayLoader
+
+
+class Samples(list):
+    """The samples of a batch on their way to the collation, with its key."""
+
+    key: BatchKey
+
+
+class ReplayDataset(Dataset):
+    """Map-style dataset that loads a whole batch by its key, each sample under a seed of its own."""
+
+    def __init__(self, dataset: Dataset, seed: int, num_repeats: int = 1) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.num_repeats = num_repeats
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, key: BatchKey) -> Samples:
+        samples = Samples()
+        samples.key = key
+        with preserved_generators():
+            for row, sample in enumerate(key.samples):
+                index = sample[0] if isinstance(sample, tuple) else sample
+                # A sample's copies are neighbours in the order, at most num_repeats of them.
+                repeat = key.position(row) % self.num_repeats
+                seed_generators(derive_seed(self.seed, SAMPLE, key.epoch, index, repeat))
+                samples.append(self.dataset[sample])
+        return samples
+
+
+class ReplayCollateMixup(FastCollateMixup):
+    """timm's `FastCollateMixup` under the key of its batch, which also says whether to mix.
+
+    timm's loop turns mixing off by an attribute that persistent workers never see; the key brings it to them.
+    """
+
+    def __init__(self, mixup: FastCollateMixup, seed: int) -> None:
+        vars(self).update(vars(mixup), seed=seed)
+
+    def __call__(self, batch: Samples, _: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        with preserved_generators():
+            seed_generators(derive_seed(self.seed, MIXUP, batch.key.epoch, batch.key.first))
+            if get_worker_info() is not None:
+                self.mixup_enabled = batch.key.mixup_enabled
+            return super().__call__(batch)
+
+
+class ReplayMixup(Mixup):
+    """timm's `Mixup` under the key of the batch that the loader handed out last (`--no-prefetcher`).
+
+    Args:
+        mixup: The `Mixup` whose settings to take.
+        loader: The replayable loader; each of its batches is mixed before the next is asked for.
+    """
+
+    def __init__(self, mixup: Mixup, loader: 'ReplayLoader') -> None:
+        vars(self).update(vars(mixup), loader=loader)
+
+    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = self.loader.key
+        with preserved_generators():
+            seed_generators(derive_seed(self.loader.batch_sampler.seed, MIXUP, key.epoch, key.first))
+            return super().__call__(x, target)
+
+
+class ReplayErasing(RandomErasing):
+    """timm's `RandomErasing` on the device, row by row under the key of the batch that the loader handed out last."""
+
+    def __init__(self, erasing: RandomErasing, loader: 'ReplayLoader') -> None:
+        vars(self).update(vars(erasing), loader=loader, generator=_device_generator(erasing))
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        key = self.loader.key
+        num_samples = len(key.samples)
+        first_row = len(input) // self.num_splits if self.num_splits > 1 else 0
+        with preserved_generators(self.generator):
+            for row in range(first_row, len(input)):
+                split, sample = divmod(row, num_samples)
+                seed = derive_seed(self.loader.batch_sampler.seed, ERASING, key.epoch, key.position(sample), split)
+                seed_generators(seed, self.generator)
+                super().__call__(input[row])
+        return input
+
+
+def _device_generator(erasing: RandomErasing) -> torch.Generator:
+    """Return the generator that erasing draws its pixels from; seeding it never waits for the device."""
+    device = torch.device(erasing.device)
+    if device.type == 'cpu' or not (erasing.per_pixel or erasing.rand_color):
+        return torch.default_generator
+    device_module = torch.get_device_module(device)
+    if not getattr(device_module, 'default_generators', None):
+        raise UsageError(
+            f'--replayable-data cannot replay --remode {erasing.mode} on --device {device.type}: '
+            'use --remode const or --no-prefetcher.'
+        )
+    return device_module.default_generators[device_module.current_device() if device.index is None else device.index]

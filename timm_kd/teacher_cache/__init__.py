@@ -1,0 +1,10 @@
+"""Stored teacher logits: the teacher is paid once, and students of the same data train at plain speed.
+
+With replayable data (`timm_kd.replay`) the pixels of a row follow from its number, so its logits can be stored. Where
+rows mix or share draws the number is the row's position in the epoch, else the index of the sample.
+"""
+from .cached_teacher import CachedTeacher
+from .layout import RowLayout
+from .store import CacheFolder
+
+__all__ = ['CacheFolder', 'CachedTeacher', 'RowLayout']

@@ -1,0 +1,134 @@
+"""A teacher that remembers: stored logits where there are any, else the live teacher's, which are stored."""
+from collections import deque
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..replay import ReplayBatchSampler
+from .epoch_file import EpochFile
+from .layout import RowLayout
+from .store import CacheFolder
+
+_MAX_PENDING = 2
+
+
+class CachedTeacher(nn.Module):
+    """Stands in for the teacher in training: `stored(batch)` reads, calling it with the images computes and writes.
+
+    What the student learns from is what the cache holds, also in the run that fills it: a run that is interrupted, or
+    reads, sees the same logits to the bit.
+
+    Args:
+        folder: The cache.
+        layout: How a row is stored.
+        batch_sampler: That of the replayable training loader; its epoch is the one read.
+        by_position: Rows are numbered by position in the epoch (where rows mix or share draws), else by sample index.
+        device: Where the logits are wanted.
+        teacher: The live teacher; None where all rows are present.
+    """
+
+    def __init__(
+            self,
+            folder: CacheFolder,
+            layout: RowLayout,
+            batch_sampler: ReplayBatchSampler,
+            by_position: bool,
+            device: torch.device,
+            teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.layout = layout
+        self.batch_sampler = batch_sampler
+        self.by_position = by_position
+        self.device = device
+        self.teacher = teacher
+        self._file: EpochFile | None = None
+        self._epoch: int | None = None
+        self._rows: np.ndarray | None = None
+        self._pending: deque[tuple[torch.cuda.Event, np.ndarray, torch.Tensor]] = deque()
+
+    def compile(self, *args, **kwargs) -> 'CachedTeacher':
+        """Compile the live teacher, if there is one."""
+        if self.teacher is not None:
+            self.teacher.compile(*args, **kwargs)
+        return self
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """Return the numbers of all rows that this rank reads in an epoch, `[N]`; sets the sampler to that epoch."""
+        self.batch_sampler.set_epoch(epoch)
+        return self._rows_of(0, len(self.batch_sampler))
+
+    def _rows_of(self, batch: int, num_batches: int = 1) -> np.ndarray:
+        return self.batch_sampler.rows(batch, num_batches)[int(self.by_position)]
+
+    def stored(self, batch: int) -> torch.Tensor | None:
+        """Read the logits of a batch of the epoch under way.
+
+        Args:
+            batch: Number of the batch in its epoch. A call with images that follows is about this batch.
+
+        Returns:
+            Logits `[B, C]` float32 on the device, or None where a row is absent.
+        """
+        if self._epoch != self.batch_sampler.epoch:
+            self._open(self.batch_sampler.epoch)
+        self._rows = rows = self._rows_of(batch)
+        if not self._file.has(rows).all():
+            return None
+        data = self._host_buffer(len(rows))
+        self._file.read(rows, data.numpy())
+        self._file.prefetch(self._rows_of(batch + 1))
+        return self.layout.unpack(data.to(self.device, non_blocking=True))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute and store the logits of the batch that `stored` was last asked for.
+
+        Args:
+            images: Images `[B, in_chans, H, W]` of that batch, as the student gets them.
+
+        Returns:
+            Logits `[B, C]` float32, as they will be read.
+        """
+        if self.teacher is None:
+            raise RuntimeError(f'{self.folder.path} lost rows during the run, and no teacher is there to compute them.')
+        packed = self.layout.pack(self.teacher(images))
+        self._write(self._rows[:len(packed)], packed)
+        return self.layout.unpack(packed)
+
+    def _write(self, rows: np.ndarray, packed: torch.Tensor) -> None:
+        if packed.device.type != 'cuda':
+            self.folder.write(self._file, rows, packed.cpu().numpy())
+            return
+        data = self._host_buffer(len(rows))
+        data.copy_(packed, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending.append((copied, rows, data))
+        # A copy is written when it has arrived; the device, always a batch ahead, is not waited for.
+        while self._pending and (len(self._pending) > _MAX_PENDING or self._pending[0][0].query()):
+            self._write_oldest()
+
+    def _write_oldest(self) -> None:
+        copied, rows, data = self._pending.popleft()
+        copied.synchronize()
+        self.folder.write(self._file, rows, data.numpy())
+
+    def _host_buffer(self, num_rows: int) -> torch.Tensor:
+        return torch.empty(
+            (num_rows, self.layout.row_bytes), dtype=torch.uint8, pin_memory=self.device.type == 'cuda',
+        )
+
+    def _open(self, epoch: int) -> None:
+        self.flush()
+        self._file = self.folder.open_epoch(epoch)
+        self._epoch = epoch
+
+    def flush(self) -> None:
+        """Write what is on its way and bring it to the disk."""
+        while self._pending:
+            self._write_oldest()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._epoch = None

@@ -1,0 +1,150 @@
+"""The rows of one epoch in one memory-mapped file that a kill or a power failure leaves readable.
+
+    page 0      byte 0: 1 while rows may not have reached the disk
+    then        uint32 [N]: CRC-32 of each row, 0 where the row is absent
+    then        the rows, N * row_bytes
+
+A row is written before its checksum. A killed process therefore loses the batch it was writing and no other: what is in
+the page cache survives it. A machine that stops may lose pages of either in any order; then byte 0 is still 1, and
+whoever opens the file next drops the rows whose checksum does not hold.
+
+Several processes may write one file at once: a row's content follows from its number, so whoever comes second writes
+the same.
+"""
+import errno
+import logging
+import mmap
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UsageError
+
+_logger = logging.getLogger(__name__)
+
+_PAGE = mmap.ALLOCATIONGRANULARITY
+_ROWS_AT_ONCE = 4096
+
+
+def _pages(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE) * _PAGE
+
+
+def epoch_file_size(num_rows: int, row_bytes: int) -> int:
+    """Return the size of an epoch's file in bytes."""
+    return _PAGE + _pages(4 * num_rows) + num_rows * row_bytes
+
+
+class EpochFile:
+    """Rows of bytes by number, each present or absent.
+
+    Args:
+        path: The file; made when absent and writable.
+        num_rows: Rows N of the epoch.
+        row_bytes: Bytes of a row.
+        writable: Open for writing too.
+
+    Attributes:
+        checksums: CRC-32 of the rows, `[N]` uint32, 0 where absent; live while the file is writable.
+
+    Raises:
+        UsageError: The file has another size, so it was cut short or holds other rows.
+        OSError: The disk is full, or the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, num_rows: int, row_bytes: int, writable: bool) -> None:
+        self.path = path
+        self.row_bytes = row_bytes
+        self.writable = writable
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o666)
+        try:
+            self._allocate(epoch_file_size(num_rows, row_bytes), head=_PAGE + _pages(4 * num_rows))
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY)
+        self._unsynced = np.frombuffer(self._map, np.uint8, 1)
+        self.checksums = np.frombuffer(self._map, np.uint32, num_rows, offset=_PAGE)
+        self._rows_at = _PAGE + _pages(4 * num_rows)
+        self._rows = np.frombuffer(self._map, np.uint8, num_rows * row_bytes, offset=self._rows_at)
+        self._rows = self._rows.reshape(num_rows, row_bytes)
+        if self._unsynced[0]:
+            self.drop_damaged()
+
+    def _allocate(self, size: int, head: int) -> None:
+        found = os.fstat(self._fd).st_size
+        if found == 0 and self.writable:
+            os.ftruncate(self._fd, size)
+            if hasattr(os, 'posix_fallocate'):
+                # The head is written through the map, where a full disk would be a SIGBUS.
+                os.posix_fallocate(self._fd, 0, head)
+        elif found != size:
+            raise UsageError(
+                f'--teacher-cache: {self.path} has {found} bytes instead of {size}, it was cut short: delete it to '
+                'have its rows computed again.'
+            )
+
+    def has(self, rows: np.ndarray) -> np.ndarray:
+        """Tell for row numbers `[B]` which are present."""
+        return self.checksums[rows] != 0
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Gather rows `[B]` into `out`, `[B, row_bytes]` uint8, absent ones included."""
+        np.take(self._rows, rows, axis=0, out=out, mode='clip')  # 'raise' would gather into a buffer first
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Have the kernel read rows from disk in the background."""
+        for row in rows.tolist():
+            start = (self._rows_at + row * self.row_bytes) // _PAGE * _PAGE
+            self._map.madvise(mmap.MADV_WILLNEED, start, self._rows_at + (row + 1) * self.row_bytes - start)
+
+    def write(self, rows: np.ndarray, data: np.ndarray) -> None:
+        """Write rows `[B]`, `data` `[B, row_bytes]` uint8.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        self._unsynced[0] = 1
+        neighbours = np.flatnonzero(np.diff(rows) != 1) + 1
+        for start, stop in zip([0, *neighbours], [*neighbours, len(rows)], strict=True):
+            # Not through the map, where a full disk would be a SIGBUS.
+            self._write_at(memoryview(data[start:stop]).cast('B'), self._rows_at + int(rows[start]) * self.row_bytes)
+        self.checksums[rows] = self._checksums_of(data)
+
+    def _write_at(self, data: memoryview, offset: int) -> None:
+        while len(data):
+            written = os.pwrite(self._fd, data, offset)
+            if written == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            data, offset = data[written:], offset + written
+
+    @staticmethod
+    def _checksums_of(data: np.ndarray) -> np.ndarray:
+        return np.array([zlib.crc32(row) or 1 for row in data], dtype=np.uint32)
+
+    def damaged(self) -> np.ndarray:
+        """Return the numbers of the present rows whose checksum does not hold."""
+        present = np.flatnonzero(self.checksums)
+        blocks = np.split(present, range(_ROWS_AT_ONCE, len(present), _ROWS_AT_ONCE))
+        held = [self._checksums_of(self._rows[block]) == self.checksums[block] for block in blocks]
+        return present[~np.concatenate(held)]
+
+    def drop_damaged(self) -> None:
+        """Make absent what did not reach the disk before the machine stopped."""
+        damaged = self.damaged()
+        self.checksums[damaged] = 0
+        if len(damaged):
+            _logger.warning(f'{self.path}: {len(damaged)} rows are damaged and count as absent.')
+
+    def close(self) -> None:
+        """Bring the rows to the disk, and say so in the file."""
+        if self._fd is None:
+            return
+        if self.writable and self._unsynced[0]:
+            os.fsync(self._fd)
+            self._unsynced[0] = 0
+        os.close(self._fd)
+        # The map goes with its last view.
+        self._fd = self._map = self._unsynced = self.checksums = self._rows = None

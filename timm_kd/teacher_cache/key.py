@@ -1,0 +1,95 @@
+"""What a cache was filled for: everything that decides the pixels or the logits, field by field."""
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+Key = dict[str, Any]
+_MAX_SHOWN = 5
+
+
+def claim_key(path: Path, key: Key) -> None:
+    """Write the key of a new cache, or check that of an old one.
+
+    Args:
+        path: The key's JSON file.
+        key: Nested dict of JSON types; tuples count as lists.
+
+    Raises:
+        UsageError: The cache was filled for another key, or its file is no key.
+    """
+    key = json.loads(json.dumps(key))
+    if not path.exists():
+        _write_new(path, key)
+    check_key(read_key(path), key, path.parent)
+
+
+def read_key(path: Path) -> Key:
+    """Read a cache's key.
+
+    Raises:
+        UsageError: There is none, or the file is damaged.
+    """
+    try:
+        key = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f'--teacher-cache {path.parent}: no {path.name} in it, so it is no teacher cache.') from None
+    except ValueError:
+        key = None
+    if not isinstance(key, dict):
+        raise UsageError(f'--teacher-cache {path.parent}: {path.name} is damaged: use --teacher-cache-rebuild.')
+    return key
+
+
+def check_key(stored: Key, wanted: Key, folder: Path) -> None:
+    """Compare the key of a cache with a run's, both of JSON types.
+
+    Raises:
+        UsageError: They differ; the message names fields, both values and the way out.
+    """
+    stored, wanted = _flatten(stored), _flatten(wanted)
+    absent = object()
+    fields = [name for name in {**stored, **wanted} if stored.get(name, absent) != wanted.get(name, absent)]
+    if not fields:
+        return
+    shown = '; '.join(
+        f'{name} was {_show(stored, name)}, is now {_show(wanted, name)}' for name in fields[:_MAX_SHOWN]
+    )
+    more = f' (and {len(fields) - _MAX_SHOWN} more)' if len(fields) > _MAX_SHOWN else ''
+    raise UsageError(
+        f'--teacher-cache {folder} holds the logits of other images or another teacher: {shown}{more}. Give this run '
+        'the old settings, use another folder, or fill this one anew with --teacher-cache-rebuild.'
+    )
+
+
+def _show(key: Key, name: str) -> str:
+    return json.dumps(key[name]) if name in key else 'not set'
+
+
+def _flatten(value: Any, prefix: str = '') -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf
+        for field, inner in value.items()
+        for name, leaf in _flatten(inner, f'{prefix}.{field}' if prefix else field).items()
+    }
+
+
+def _write_new(path: Path, key: Key) -> None:
+    """Write a key that is whole from the moment it is there, unless another run was faster."""
+    with tempfile.NamedTemporaryFile('w', dir=path.parent, prefix=f'.{path.name}-', delete=False) as file:
+        json.dump(key, file, indent=2)
+        file.write('\n')
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.chmod(file.name, 0o644)
+        os.link(file.name, path)
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(file.name)

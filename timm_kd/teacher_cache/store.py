@@ -1,0 +1,212 @@
+"""The folder of a cache: its key, its lock, a file for each epoch, and the teacher's validation."""
+import errno
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from .epoch_file import EpochFile, epoch_file_size
+from .key import Key, claim_key
+
+_logger = logging.getLogger(__name__)
+
+KEY_FILE, LOCK_FILE, VALIDATION_FILE = 'key.json', 'lock', 'validation.npz'
+_EPOCH_FILES = 'epoch-*.logits'
+_READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
+
+
+class CacheFolder:
+    """A folder of stored logits that belong to one key.
+
+    Any number of runs may read and fill one folder at once; only `rebuild` wants it for itself. A folder that cannot be
+    written is opened for reading.
+
+    Args:
+        path: The folder; made when absent.
+        key: What decides the logits, nested dicts of JSON types.
+        num_rows: Rows of an epoch.
+        row_bytes: Bytes of a row.
+        rebuild: Throw away what is stored for another key; what is stored for this one is kept.
+
+    Attributes:
+        writable: Whether rows can be added.
+
+    Raises:
+        UsageError: The folder holds another key, cannot be made, or is in use while `rebuild` wants to clear it.
+    """
+
+    def __init__(self, path: Path, key: Key, num_rows: int, row_bytes: int, rebuild: bool = False) -> None:
+        self.path = Path(path)
+        self.num_rows = num_rows
+        self.row_bytes = row_bytes
+        self._lock = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in _READ_ONLY or not self.path.is_dir():
+                raise UsageError(f'--teacher-cache {path}: {error.strerror}.') from error
+        self.writable = self._lock is not None
+        self._share()
+        try:
+            self._claim(key, rebuild)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, key: Key, rebuild: bool) -> None:
+        if not self.writable and not (self.path / KEY_FILE).exists():
+            raise UsageError(f'--teacher-cache {self.path} is empty and cannot be written: use another folder.')
+        try:
+            claim_key(self.path / KEY_FILE, key)
+        except UsageError:
+            if not rebuild:
+                raise
+            self._clear()
+            claim_key(self.path / KEY_FILE, key)
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def _share(self) -> None:
+        import fcntl  # not on Windows, where only this feature is missed
+
+        if self.writable:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.close()
+                raise UsageError(f'--teacher-cache {self.path} is being rebuilt by another run: wait for it.') from None
+
+    def _clear(self) -> None:
+        import fcntl
+
+        if not self.writable:
+            raise UsageError(f'--teacher-cache-rebuild: {self.path} cannot be written.')
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f'--teacher-cache-rebuild: another run is using {self.path}: wait for its end.') from None
+        _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
+        # The key goes last: a folder with a key never holds another key's rows, whenever this is interrupted.
+        for path in [*self.path.glob(_EPOCH_FILES), self.path / VALIDATION_FILE, self.path / KEY_FILE]:
+            path.unlink(missing_ok=True)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def epoch_path(self, epoch: int) -> Path:
+        return self.path / f'epoch-{epoch:04d}.logits'
+
+    def open_epoch(self, epoch: int, writable: bool = True) -> EpochFile:
+        """Open an epoch's file.
+
+        Raises:
+            UsageError: It was cut short, or cannot be made.
+        """
+        try:
+            return EpochFile(self.epoch_path(epoch), self.num_rows, self.row_bytes, writable and self.writable)
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def write(self, file: EpochFile, rows: np.ndarray, data: np.ndarray) -> None:
+        """Write rows `[B]`, `data` `[B, row_bytes]` uint8.
+
+        Raises:
+            UsageError: The disk is full.
+        """
+        try:
+            file.write(rows, data)
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: OSError) -> UsageError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UsageError(
+                f'--teacher-cache {self.path}: the disk is full. What is stored so far is kept: make room and start '
+                'again, or store less with --teacher-cache-epochs or --teacher-cache-topk.'
+            )
+        return UsageError(f'--teacher-cache {error.filename or self.path}: {error.strerror}.')
+
+    def covers(self, epochs: Iterable[int], needed_rows: Callable[[int], np.ndarray]) -> bool:
+        """Tell whether all rows that a run will read are present.
+
+        Args:
+            epochs: Epochs of the cache.
+            needed_rows: Gives the row numbers needed of an epoch; asked only while all before are present.
+        """
+        for epoch in epochs:
+            if not self.epoch_path(epoch).exists():
+                return False
+            file = self.open_epoch(epoch)
+            try:
+                if not (file.checksums.all() or file.has(needed_rows(epoch)).all()):
+                    return False
+            finally:
+                file.close()
+        return True
+
+    def check_space(self, epochs: Iterable[int]) -> None:
+        """Log what the epochs will take, and refuse a disk or folder that cannot take it.
+
+        Raises:
+            UsageError: The folder is read-only, or the free disk is too small; both sizes are named.
+        """
+        if not self.writable:
+            raise UsageError(
+                f'--teacher-cache {self.path} lacks rows of this run and cannot be written: make it writable, or use '
+                'another folder.'
+            )
+        size = epoch_file_size(self.num_rows, self.row_bytes)
+        epochs = list(epochs)
+        stored = [self.epoch_path(epoch) for epoch in epochs if self.epoch_path(epoch).exists()]
+        # Files have holes where rows are absent: blocks count, not lengths.
+        missing = size * len(epochs) - sum(min(size, path.stat().st_blocks * 512) for path in stored)
+        free = shutil.disk_usage(self.path).free
+        _logger.info(
+            f'Teacher cache {self.path}: {len(epochs)} epochs of {self.num_rows} rows, {_gigabytes(size)} each, '
+            f'{_gigabytes(missing)} to be written, {_gigabytes(free)} free'
+        )
+        if missing > free:
+            raise UsageError(
+                f'--teacher-cache {self.path} needs {_gigabytes(missing)} more and its disk has {_gigabytes(free)} '
+                f'free: store fewer of the {len(epochs)} epochs (--teacher-cache-epochs), fewer logits '
+                '(--teacher-cache-topk), or use another disk.'
+            )
+
+    def load_validation(self) -> dict[str, np.ndarray]:
+        """Return the arrays of the teacher's validation, or an empty dict."""
+        try:
+            with np.load(self.path / VALIDATION_FILE) as stored:  # allow_pickle is off by default
+                return dict(stored)
+        except FileNotFoundError:
+            return {}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+            _logger.warning(f'{self.path / VALIDATION_FILE} is damaged and counts as absent.')
+            return {}
+
+    def save_validation(self, **arrays: Any) -> None:
+        """Store the arrays of the teacher's validation in place of earlier ones; nothing where it cannot be written."""
+        if not self.writable:
+            return
+        temporary = self.path / f'.{VALIDATION_FILE}-{os.getpid()}.npz'
+        try:
+            np.savez(temporary, **arrays)
+            os.replace(temporary, self.path / VALIDATION_FILE)
+        except OSError as error:
+            raise self._explain(error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f'{num_bytes / 1e9:.2f} GB'
