@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ..errors import UsageError
+
 TEACHER_DTYPES = ('auto', 'amp', 'float32', 'bfloat16', 'float16')
 
 
@@ -14,10 +16,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         device: Where the teacher runs; `auto` is bfloat16 where that is fast, else float32.
 
     Raises:
-        ValueError: If the name is none of `TEACHER_DTYPES`.
+        UsageError: If the name is none of `TEACHER_DTYPES`.
     """
     if name not in TEACHER_DTYPES:
-        raise ValueError(f"--teacher-dtype {name!r} is none of {', '.join(TEACHER_DTYPES)}")
+        raise UsageError(f"--teacher-dtype {name!r} is none of {', '.join(TEACHER_DTYPES)}")
     if name == 'auto':
         return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
     return torch.float32 if name == 'amp' else getattr(torch, name)

@@ -1,0 +1,215 @@
+"""The teacher itself: equal to timm's, frozen, in its own precision, and found out when it is broken."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.task import LogitDistillationTask
+from torch import nn
+
+from timm_kd.errors import UsageError
+from timm_kd.losses import create_kd_loss
+from timm_kd.task import KDTask
+from timm_kd.teacher import Teacher
+from timm_kd.teacher.precision import is_convolutional, resolve_dtype
+
+IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+
+def build(name: str = 'test_resnet', num_classes: int = 7, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+
+
+def batch(size: int = 32, chans: int = 3, n: int = 4) -> torch.Tensor:
+    return torch.randn(n, chans, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('student_norm', [IMAGENET, {'mean': (0.5,) * 3, 'std': (0.5,) * 3}], ids=['other', 'same'])
+def test_kd_equals_timms_own_task_in_teacher_logits_loss_and_gradient(student_norm):
+    student, model = build('test_efficientnet', seed=1), build('test_resnet')
+    student.pretrained_cfg.update(student_norm)
+    students = [student, copy.deepcopy(student)]
+    theirs = LogitDistillationTask(
+        students[0], copy.deepcopy(model), nn.CrossEntropyLoss(), temperature=4.0, verbose=False,
+    ).train()
+    teacher = Teacher(model, 7, **student_norm)
+    ours = KDTask(students[1], create_kd_loss('kd', temperature=4.0), teacher=teacher, verbose=False).train()
+    images, target = batch(), torch.tensor([0, 3, 6, 2])
+
+    with torch.no_grad():
+        expected = theirs.teacher(theirs.teacher.normalize_input(images, theirs.student_mean, theirs.student_std))
+    torch.testing.assert_close(teacher(images), expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+    results = [task(images, target) for task in (theirs, ours)]
+    for part in ('loss', 'task_loss', 'kd_loss'):
+        torch.testing.assert_close(results[1][part], results[0][part], rtol=1e-5, atol=0)
+    for result in results:
+        result['loss'].backward()
+    their_grad, our_grad = (torch.cat([p.grad.flatten() for p in s.parameters()]) for s in students)
+    assert (our_grad - their_grad).norm() < 1e-5 * their_grad.norm()
+
+
+def test_logits_are_float32_without_gradient():
+    logits = Teacher(build(), 7, dtype='bfloat16')(batch().requires_grad_())
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+
+
+def test_stays_in_eval_mode_when_its_holder_trains():
+    teacher = Teacher(build('test_efficientnet', drop_rate=0.5), 7)
+    holder = nn.ModuleList([teacher]).train()
+    assert not any(m.training for m in teacher.modules()) and holder.training
+    torch.testing.assert_close(teacher(batch()), teacher(batch()), rtol=0, atol=0)
+
+
+def test_no_parameter_and_no_running_statistic_changes():
+    model = build().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    teacher = Teacher(model, 7, dtype='float32')
+    teacher.train()(batch())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_images_are_left_untouched(dtype):
+    images = batch()
+    kept = images.clone()
+    Teacher(build(), 7, **IMAGENET, img_size=48, dtype=dtype)(images)
+    assert torch.equal(images, kept) and images.is_contiguous()
+
+
+def test_float32_teacher_is_deaf_to_the_students_autocast():
+    teacher = Teacher(build(), 7, dtype='float32')
+    alone = teacher(batch())
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(teacher(batch()), alone)
+
+
+def test_amp_teacher_runs_inside_the_students_autocast():
+    model = build()
+    teacher = Teacher(copy.deepcopy(model), 7, dtype='amp')
+    assert next(teacher.parameters()).dtype == torch.float32
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        expected = model(batch())
+        assert torch.equal(teacher(batch()), expected.float())
+    assert not torch.equal(teacher(batch()), expected.float())
+
+
+def test_bfloat16_logits_are_close_to_float32():
+    exact, narrow = (Teacher(build(), 7, **IMAGENET, dtype=d)(batch()) for d in ('float32', 'bfloat16'))
+    assert not torch.equal(exact, narrow)
+    assert (exact - narrow).abs().max() < 0.02 * (exact.max() - exact.min())
+
+
+def test_half_precision_images_suit_a_float32_teacher():
+    teacher = Teacher(build(), 7, **IMAGENET, dtype='float32')
+    images = batch().bfloat16()
+    torch.testing.assert_close(teacher(images), teacher(images.float()))
+
+
+def test_auto_precision_is_bfloat16_exactly_where_the_cpu_multiplies_it():
+    flags = next(line for line in open('/proc/cpuinfo') if line.startswith('flags')).split()
+    fast = 'avx512_bf16' in flags or 'amx_bf16' in flags
+    assert resolve_dtype('auto', torch.device('cpu')) == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(UsageError, match=r"--teacher-dtype 'int8'"):
+        Teacher(build(), 7, dtype='int8')
+
+
+@pytest.mark.parametrize(('name', 'expected'), [
+    ('test_resnet', True), ('test_convnext', True), ('test_efficientnet', True), ('test_vit', False),
+])
+def test_channels_last_is_for_convolutional_models(name, expected):
+    assert is_convolutional(build(name)) is expected
+
+
+def test_convolutional_teacher_keeps_weights_in_channels_last():
+    teacher = Teacher(build(), 7)
+    assert teacher.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiled_teacher_answers_alike():
+    teacher = Teacher(build(), 7, **IMAGENET)
+    alone = teacher(batch())
+    torch.testing.assert_close(teacher.compile(backend='aot_eager')(batch()), alone)
+
+
+class Answers(nn.Module):
+    """A linear classifier whose forward returns what `wrap` makes of its logits."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.head = nn.Linear(3 * 8 * 8, 7)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.head(x.flatten(1)))
+
+
+def test_pair_of_a_distilled_model_is_averaged():
+    model = Answers(lambda z: (z, 3 * z))
+    with torch.no_grad():
+        expected = 2 * model.head(batch(8).flatten(1))
+    torch.testing.assert_close(Teacher(model, 7)(batch(8)), expected)
+
+
+def test_dictionary_with_logits_is_understood():
+    model = Answers(lambda z: {'loss': None, 'logits': z})
+    assert Teacher(model, 7)(batch(8)).shape == (4, 7)
+
+
+@pytest.mark.parametrize('wrap', [lambda z: {'features': z}, lambda z: z[:, :, None], lambda z: (z, z[:, :1])])
+def test_answer_without_logits_is_refused_by_name(wrap):
+    with pytest.raises(UsageError, match='--teacher Answers .* returns no logits'):
+        Teacher(Answers(wrap), 7)(batch(8))
+
+
+def test_nan_logits_on_the_first_batch_are_refused_by_name():
+    model = build()
+    nn.init.constant_(model.fc.bias, float('nan'))
+    with pytest.raises(UsageError, match='--teacher ResNet returns NaN or infinite logits on the first batch'):
+        Teacher(model, 7)(batch())
+
+
+def test_overflow_in_a_narrow_precision_names_the_way_out():
+    model = Answers(lambda z: z)
+    nn.init.constant_(model.head.weight, 3e4)
+    with pytest.raises(UsageError, match='--teacher-dtype float32'):
+        Teacher(model, 7, dtype='float16')(torch.ones(2, 3, 8, 8))
+
+
+def test_broken_images_are_not_blamed_on_the_teacher():
+    with pytest.raises(UsageError, match='first batch of images'):
+        Teacher(build(), 7)(torch.full((1, 3, 32, 32), float('nan')))
+
+
+def test_other_class_count_is_refused_with_both_numbers():
+    with pytest.raises(UsageError, match='has 7 classes, the student 10'):
+        Teacher(build(), 10)
+
+
+def test_other_class_count_of_a_plain_module_is_refused_at_the_first_batch():
+    with pytest.raises(UsageError, match='has 7 classes, the student 10'):
+        Teacher(Answers(lambda z: z), 10)(batch(8))
+
+
+def test_model_without_a_classifier_is_refused():
+    with pytest.raises(UsageError, match='no classifier'):
+        Teacher(build(num_classes=0), 10)
+
+
+def test_weights_hash_follows_the_weights_alone():
+    one, same, other = (Teacher(build(seed=s), 7) for s in (0, 0, 1))
+    assert one.weights_hash() == same.weights_hash() != other.weights_hash()
+    assert Teacher(build(seed=0), 7, **IMAGENET).weights_hash() == one.weights_hash()
+    assert len(one.weights_hash()) == 64
+
+
+def test_start_up_line_names_what_it_does():
+    # torchvision's table of ResNet-18: 11.69 M parameters, 1.81 G multiply-adds at 224 x 224
+    line = Teacher(timm.create_model('resnet18'), 1000, mean=(0.5,) * 3, std=(0.5,) * 3, dtype='float32').describe()
+    for part in ('resnet18', '11.69 M parameters', '3.63 GFLOPs at 224x224', 'float32', 'channels-last', '0.485'):
+        assert part in line

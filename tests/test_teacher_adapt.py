@@ -1,0 +1,143 @@
+"""Images for the teacher: another normalisation, another size, other channels."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_kd.errors import UsageError
+from timm_kd.teacher import Teacher
+from timm_kd.teacher.adapt import InputAdapter
+
+HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
+IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+
+def picture(chans: int = 3, size: int = 32, n: int = 2) -> torch.Tensor:
+    """Raw pixels in [0, 1]."""
+    return torch.rand(n, chans, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def normalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    return (images - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
+
+
+def adapter(in_chans=3, student=HALF, chans=3, teacher=IMAGENET, **kwargs) -> InputAdapter:
+    return InputAdapter(in_chans, student['mean'], student['std'], chans, teacher['mean'], teacher['std'], **kwargs)
+
+
+def build(name: str, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{'num_classes': 5, **kwargs}).eval()
+
+
+def test_images_arrive_as_the_teachers_own_loader_would_give_them():
+    seen = adapter()(normalised(picture(), **HALF))
+    torch.testing.assert_close(seen, normalised(picture(), **IMAGENET), rtol=1e-5, atol=1e-6)
+
+
+def test_equal_normalisation_costs_nothing():
+    images = picture()
+    assert adapter(student=IMAGENET)(images) is images
+
+
+def test_without_a_normalisation_the_images_are_taken_as_the_teachers():
+    images = picture()
+    assert adapter(student={'mean': None, 'std': None})(images) is images
+
+
+def test_grey_image_is_shown_as_three_equal_channels():
+    grey = picture(chans=1)
+    seen = adapter(in_chans=1, student={'mean': (0.3,), 'std': (0.2,)})(normalised(grey, (0.3,), (0.2,)))
+    torch.testing.assert_close(seen, normalised(grey.expand(-1, 3, -1, -1), **IMAGENET), rtol=1e-5, atol=1e-6)
+
+
+def test_three_values_of_a_grey_data_config_are_averaged_as_timms_loader_does():
+    grey = picture(chans=1)
+    mean, std = sum(IMAGENET['mean']) / 3, sum(IMAGENET['std']) / 3
+    seen = adapter(in_chans=1, student=IMAGENET)(normalised(grey, (mean,), (std,)))
+    torch.testing.assert_close(seen, normalised(grey.expand(-1, 3, -1, -1), **IMAGENET), rtol=1e-5, atol=1e-6)
+
+
+def test_colour_image_is_turned_grey_as_pillow_does_it():
+    pixels = (picture(n=1) * 255).byte()
+    grey = np.asarray(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).convert('L'))
+    seen = adapter(chans=1, teacher={'mean': (0.3,), 'std': (0.2,)})(normalised(pixels / 255, **HALF))
+    expected = normalised(torch.from_numpy(grey.copy())[None, None] / 255, (0.3,), (0.2,))
+    assert (seen - expected).abs().max() < 0.51 / 255 / 0.2  # Pillow rounds to whole grey levels
+
+
+@pytest.mark.parametrize('method', ['bilinear', 'bicubic'])
+def test_resize_is_antialiased_as_pillows(method):
+    image = picture(chans=1, size=64, n=1)
+    resample = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}[method]
+    expected = np.asarray(Image.fromarray(image[0, 0].numpy()).resize((20, 28), resample))
+    none = {'mean': (0.0,), 'std': (1.0,)}
+    seen = adapter(1, none, 1, none, size=(28, 20), interpolation=method)(image)
+    torch.testing.assert_close(seen[0, 0], torch.from_numpy(expected.copy()), rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_teacher_gets_images_resized_in_float32():
+    seen = adapter(size=(16, 16), dtype=torch.bfloat16)(normalised(picture(), **HALF).half())
+    exact = adapter(size=(16, 16))(normalised(picture(), **HALF).half())
+    assert torch.equal(seen, exact.bfloat16())
+
+
+def test_teacher_of_fixed_size_gets_it_unasked():
+    model = build('test_vit', dynamic_img_size=False)
+    resized = torch.nn.functional.interpolate(picture(), (160, 160), mode='bicubic', antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(Teacher(model, 5, dtype='float32')(picture()), model(resized))
+
+
+def test_flexible_teacher_takes_images_as_they_come():
+    model = build('test_resnet')
+    teacher = Teacher(model, 5, dtype='float32')
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(picture(size=40)), model(picture(size=40)))
+
+
+def test_asked_for_size_is_given():
+    model = build('test_resnet')
+    teacher = Teacher(model, 5, img_size=64, dtype='float32')
+    resized = torch.nn.functional.interpolate(picture(), (64, 64), mode='bilinear', antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(picture()), model(resized))
+
+
+def test_size_that_a_built_model_cannot_take_is_refused():
+    with pytest.raises(UsageError, match='--teacher-img-size 64.*160x160'):
+        Teacher(build('test_vit', dynamic_img_size=False), 5, img_size=64)
+
+
+def test_fixed_size_model_is_built_for_the_asked_size(tmp_path):
+    timm.models.save_for_hf(build('test_vit'), tmp_path, safe_serialization=True)
+    teacher = Teacher(str(tmp_path), 5, img_size=64)
+    expected = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=64).eval()
+    resized = torch.nn.functional.interpolate(picture(), (64, 64), mode='bicubic', antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(picture()), expected(resized), rtol=1e-4, atol=1e-4)
+
+
+def test_multi_band_images_have_timm_adapt_the_stem(tmp_path):
+    timm.models.save_for_hf(build('test_resnet'), tmp_path, safe_serialization=True)
+    teacher = Teacher(str(tmp_path), 5, in_chans=5, dtype='float32')
+    expected = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=5).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(picture(5)), expected(picture(5)))
+
+
+def test_grey_images_leave_the_stem_of_an_rgb_teacher_alone(tmp_path):
+    model = build('test_resnet')
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    teacher = Teacher(str(tmp_path), 5, in_chans=1, mean=(0.3,), std=(0.2,), dtype='float32')
+    grey = picture(1)
+    with torch.no_grad():
+        expected = model(normalised(grey.expand(-1, 3, -1, -1), **HALF))
+    torch.testing.assert_close(teacher(normalised(grey, (0.3,), (0.2,))), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_that_a_built_model_cannot_take_are_refused():
+    with pytest.raises(UsageError, match='takes 3 channels, the images have 5'):
+        Teacher(build('test_resnet'), 5, in_chans=5)

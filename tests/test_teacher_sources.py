@@ -1,0 +1,342 @@
+"""Where a teacher may come from, and what is said when it cannot be had."""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from timm_kd.errors import UsageError
+from timm_kd.teacher import Teacher, create_teacher
+from timm_kd.teacher.locate import locate, warn_of_bce
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def build(name: str = 'test_resnet', seed: int = 0, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model(name, **{'num_classes': 5, **kwargs}).eval()
+
+
+@torch.no_grad()
+def assert_is(teacher: Teacher, model: torch.nn.Module, images: torch.Tensor = IMAGES) -> None:
+    torch.testing.assert_close(teacher(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as timm saves it for the Hub; the pickle in it holds other weights than the safetensors file."""
+    timm.models.save_for_hf(build(), tmp_path, safe_serialization=True)
+    torch.save(build(seed=1).state_dict(), tmp_path / 'pytorch_model.bin')
+    return tmp_path
+
+
+@pytest.mark.parametrize('prefix', ['', 'local-dir:'])
+def test_folder_saved_by_timm_prefers_safetensors(folder, prefix):
+    assert_is(Teacher(f'{prefix}{folder}', 5), build())
+
+
+def test_folder_with_a_pickle_alone_loads(folder):
+    (folder / 'model.safetensors').unlink()
+    assert_is(Teacher(str(folder), 5), build(seed=1))
+
+
+def test_class_count_of_a_folder_is_checked_before_its_weights_are_read(folder):
+    (folder / 'model.safetensors').write_bytes(b'')
+    with pytest.raises(UsageError, match='has 5 classes, the student 10: a head is never rebuilt'):
+        Teacher(str(folder), 10)
+
+
+def test_folder_with_damaged_weights_is_refused(folder):
+    weights = folder / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=f'--teacher local-dir:{folder}: .*damaged'):
+        Teacher(f'local-dir:{folder}', 5)
+
+
+def test_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r'no config.json.*--teacher-model'):
+        Teacher(str(tmp_path), 5)
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match='no such folder'):
+        Teacher(f'local-dir:{tmp_path}/none', 5)
+
+
+def test_model_kwargs_reach_the_architecture(folder):
+    assert Teacher(str(folder), 5, model_kwargs={'drop_rate': 0.25}).model.drop_rate == 0.25
+
+
+@pytest.mark.parametrize('kwargs', [{'no_such': 1}, {'num_classes': 7}])
+def test_model_kwargs_that_do_not_suit_are_refused(folder, kwargs):
+    with pytest.raises(UsageError, match='--teacher-kwargs'):
+        Teacher(str(folder), 5, model_kwargs=kwargs)
+
+
+# weights files
+
+def checkpoint(model: torch.nn.Module, arch: str = 'test_resnet', **args) -> dict:
+    """As timm's script saves one."""
+    return {'state_dict': model.state_dict(), 'arch': arch, 'epoch': 3, 'args': argparse.Namespace(**args)}
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {f'{prefix}{key}': value for key, value in build().state_dict().items()}
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth', '.pt', '.bin'])
+def test_state_dict_file_loads(tmp_path, suffix):
+    path = tmp_path / f'weights{suffix}'
+    save = safetensors.torch.save_file if suffix == '.safetensors' else torch.save
+    save(build().state_dict(), path)
+    assert_is(Teacher(str(path), 5, model='test_resnet'), build())
+
+
+@pytest.mark.parametrize('saved', [
+    checkpoint(build(), num_classes=5),
+    {'model': build().state_dict(), 'epoch': 3, 'args': argparse.Namespace(model='resnet')},
+    {'state_dict': prefixed('module.')},
+    {'state_dict': prefixed('_orig_mod.')},
+    prefixed('module._orig_mod.'),
+], ids=['timm', 'torchvision', 'ddp', 'compiled', 'both'])
+def test_training_checkpoint_loads(tmp_path, saved):
+    torch.save(saved, tmp_path / 'last.pth.tar')
+    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_resnet'), build())
+
+
+@pytest.mark.parametrize('use_ema', [False, True])
+def test_ema_weights_are_taken_when_asked_for_alone(tmp_path, use_ema):
+    torch.save({**checkpoint(build()), 'state_dict_ema': build(seed=1).state_dict()}, tmp_path / 'last.pth.tar')
+    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_resnet', use_ema=use_ema)
+    assert_is(teacher, build(seed=int(use_ema)))
+
+
+def test_checkpoint_without_ema_weights_refuses_to_give_them(tmp_path):
+    torch.save(checkpoint(build()), tmp_path / 'last.pth.tar')
+    with pytest.raises(UsageError, match=r'--teacher-ema.*last\.pth\.tar holds no EMA weights'):
+        Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_resnet', use_ema=True)
+
+
+def test_checkpoint_brings_the_normalisation_it_was_trained_with(tmp_path):
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    torch.save(checkpoint(build(), mean=list(mean), std=list(std)), tmp_path / 'last.pth.tar')
+    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, mean=mean, std=std, model='test_resnet')
+    assert_is(teacher, build())
+
+
+def test_checkpoint_brings_the_size_it_was_trained_at(tmp_path):
+    model = build('test_vit', img_size=32)
+    torch.save(checkpoint(model, 'test_vit', img_size=32, model_kwargs={}), tmp_path / 'last.pth.tar')
+    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_vit'), model)
+
+
+def test_checkpoint_of_grey_images_stays_grey(tmp_path):
+    torch.save(build(in_chans=1).state_dict(), tmp_path / 'grey.pth')
+    assert_is(Teacher(str(tmp_path / 'grey.pth'), 5, in_chans=1, model='test_resnet'), build(in_chans=1), IMAGES[:, :1])
+
+
+def test_teacher_keeps_no_second_copy_of_its_weights(tmp_path):
+    torch.save(build().state_dict(), tmp_path / 'weights.pth')
+    assert 'state_dict' not in Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet').model.pretrained_cfg
+
+
+def test_file_without_an_architecture_is_refused_with_the_one_it_names(tmp_path):
+    torch.save(checkpoint(build()), tmp_path / 'last.pth.tar')
+    with pytest.raises(UsageError, match='needs --teacher-model, .*test_resnet'):
+        Teacher(str(tmp_path / 'last.pth.tar'), 5)
+
+
+def test_unknown_architecture_of_a_file_proposes_the_nearest(tmp_path):
+    torch.save(build().state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(UsageError, match=r'--teacher-model test_resnt .*test_resnet'):
+        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnt')
+
+
+def test_file_of_another_architecture_is_refused(tmp_path):
+    torch.save(build().state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(UsageError, match=r'weights.pth does not fit --teacher-model test_efficientnet: .*Missing'):
+        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_efficientnet')
+
+
+def test_file_that_lacks_a_layer_is_refused(tmp_path):
+    state = build().state_dict()
+    del state['layer2.0.conv1.weight']
+    torch.save(state, tmp_path / 'weights.pth')
+    with pytest.raises(UsageError, match=r'layer2\.0\.conv1\.weight'):
+        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
+
+
+def test_file_of_another_class_count_is_refused_with_both_numbers(tmp_path):
+    torch.save(build().state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(UsageError, match='has 5 classes, the student 10'):
+        Teacher(str(tmp_path / 'weights.pth'), 10, model='test_resnet')
+
+
+@pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors', './a/b/last.pth.tar'])
+def test_missing_file_is_refused(name):
+    with pytest.raises(UsageError, match=f'--teacher {name}: no such file'):
+        Teacher(name, 5, model='test_resnet')
+
+
+@pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors'])
+@pytest.mark.parametrize('keep', [0, 3000, -2000])
+def test_truncated_file_is_refused(tmp_path, name, keep):
+    path = tmp_path / name
+    (safetensors.torch.save_file if name.endswith('s') else torch.save)(build().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UsageError, match=f'--teacher {path} '):
+        Teacher(str(path), 5, model='test_resnet')
+
+
+@pytest.mark.parametrize('content', [b'weights? no.', b'\x80\x02}q\x00.', b'PK\x03\x04 but no archive'])
+def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / 'weights.pth').write_bytes(content)
+    with pytest.raises(UsageError, match=r'--teacher .*weights\.pth'):
+        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
+
+
+@pytest.mark.parametrize('content', [{}, {'state_dict': {}}, {'epoch': 3}, [1, 2], torch.zeros(2)])
+def test_file_without_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / 'weights.pth')
+    with pytest.raises(UsageError, match=r'weights\.pth holds'):
+        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
+
+
+class RunsCode:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy):
+    state = {**build().state_dict(), 'extra': RunsCode(tmp_path / 'ran')}
+    torch.save(state, tmp_path / 'weights.pth', _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UsageError, match=r'weights\.pth .*could run code; it was refused'):
+        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_folder_with_a_pickle_that_would_run_code_runs_nothing(folder):
+    (folder / 'model.safetensors').unlink()
+    torch.save({'extra': RunsCode(folder / 'ran')}, folder / 'pytorch_model.bin')
+    with pytest.raises(UsageError, match='--teacher'):
+        Teacher(str(folder), 5)
+    assert not (folder / 'ran').exists()
+
+
+@pytest.mark.parametrize('flags', [{'model': 'test_resnet'}, {'use_ema': True}])
+def test_flags_of_a_weights_file_are_refused_elsewhere(folder, flags):
+    with pytest.raises(UsageError, match='--teacher-(model|ema)'):
+        Teacher(str(folder), 5, **flags)
+
+
+# names
+
+@pytest.mark.parametrize(('spec', 'expected'), [
+    ('hf-hub:org/name', ('hub', 'hf-hub:org/name')),
+    ('hf_hub:org/name', ('hub', 'hf_hub:org/name')),
+    ('org/name', ('hub', 'hf-hub:org/name')),
+    ('org/name@v1.0', ('hub', 'hf-hub:org/name@v1.0')),
+    ('resnet34', ('timm', 'resnet34')),
+    ('resnet34.tv_in1k', ('timm', 'resnet34.tv_in1k')),
+])
+def test_spec_is_understood(spec, expected):
+    assert locate(spec) == expected
+
+
+def test_existing_path_goes_before_timm_and_hub_names(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename('resnet34')
+    assert locate('resnet34') == ('folder', 'local-dir:resnet34')
+    assert locate('resnet34/model.safetensors') == ('file', 'resnet34/model.safetensors')
+
+
+@pytest.mark.parametrize(('spec', 'nearest'), [('resnet3', 'resnet34'), ('resnet34.tv_in1', 'resnet34.tv_in1k')])
+def test_unknown_name_proposes_timms_nearest(spec, nearest):
+    with pytest.raises(UsageError, match=f'--teacher {spec}.*{nearest}'):
+        Teacher(spec, 1000)
+
+
+def test_unknown_prefix_names_the_known_ones():
+    with pytest.raises(UsageError, match='hf-hub:org/name or local-dir:PATH'):
+        Teacher('http://example.org/model', 1000)
+
+
+def test_architecture_without_pretrained_weights_is_refused():
+    with pytest.raises(UsageError, match='no pretrained weights'):
+        Teacher('vit_base_patch16_reg4_gap_256', 1000)
+
+
+def test_class_count_of_a_timm_name_is_checked_before_a_download():
+    with pytest.raises(UsageError, match=r'--teacher resnet34\.tv_in1k has 1000 classes, the student 10:'):
+        Teacher('resnet34.tv_in1k', 10)
+
+
+@pytest.mark.parametrize(('name', 'said'), [
+    ('resnet34', ['resnet34.a1_in1k', 'resnet34.tv_in1k']), ('resnet101', ['resnet101.a1h_in1k', 'resnet101.tv_in1k']),
+    ('resnet34.a1_in1k', None), ('vgg16', None),
+])
+def test_untagged_name_of_bce_trained_weights_is_warned_of_once(name, said, caplog):
+    with caplog.at_level(logging.WARNING):
+        warn_of_bce(name)
+    assert len(caplog.records) == (said is not None)
+    assert all(tag in caplog.text for tag in said or [])
+
+
+def offline(cache: Path, code: str) -> subprocess.CompletedProcess:
+    """Runs code in a process that has the Hub's offline switch on and `cache` for its cache."""
+    env = {**os.environ, 'HF_HUB_CACHE': str(cache), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def fill_cache(cache: Path, repo: str, model: torch.nn.Module) -> None:
+    """Puts a model into a Hub cache, laid out as the Hub client does it."""
+    entry = cache / f'models--{repo.replace("/", "--")}'
+    (entry / 'refs').mkdir(parents=True)
+    (entry / 'refs' / 'main').write_text('0' * 40)
+    timm.models.save_for_hf(model, entry / 'snapshots' / ('0' * 40), safe_serialization=True)
+
+
+def test_warm_cache_serves_timm_and_hub_names_offline(tmp_path):
+    fill_cache(tmp_path, 'timm/test_resnet.r160_in1k', build(num_classes=1000))
+    fill_cache(tmp_path, 'org/private', build(seed=1))
+    result = offline(tmp_path, '''
+import torch
+from timm_kd.teacher import Teacher
+images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+for spec, classes in ('test_resnet', 1000), ('org/private', 5), ('hf-hub:org/private', 5):
+    print(*Teacher(spec, classes, dtype='float32')(images)[0, :3].tolist())
+''')
+    answers = [[float(word) for word in line.split()] for line in result.stdout.splitlines()]
+    with torch.no_grad():
+        expected = [build(num_classes=1000)(IMAGES), *[build(seed=1)(IMAGES)] * 2]
+    torch.testing.assert_close(torch.tensor(answers), torch.stack([e[0, :3] for e in expected]), rtol=1e-4, atol=1e-5)
+
+
+def test_cold_cache_offline_says_so(tmp_path):
+    result = offline(tmp_path, '''
+from timm_kd.errors import UsageError
+from timm_kd.teacher import Teacher
+for spec in 'resnet34.tv_in1k', 'org/name':
+    try:
+        Teacher(spec, 1000)
+    except UsageError as error:
+        print(error)
+''')
+    lines = result.stdout.splitlines()
+    assert 'timm/resnet34.tv_in1k is not in the local cache' in lines[0]
+    assert 'org/name is not in the local cache' in lines[1]
+
+
+def test_list_of_one_is_a_teacher_of_its_own(folder):
+    assert isinstance(create_teacher([str(folder)], 5), Teacher)
