@@ -1,5 +1,6 @@
 """The command line: timm's flags and the KD group, from arguments and YAML to one checked namespace."""
 import argparse
+import logging
 from typing import Any
 
 import timm
@@ -9,11 +10,14 @@ import yaml
 from timm_kd.cli.checks import check_args
 from timm_kd.cli.config import load_config
 from timm_kd.cli.kd_flags import KD_FLAGS
-from timm_kd.cli.kd_settings import KDSettings, named_teacher, resolve_kd
+from timm_kd.cli.kd_settings import LOSS_PARAMETERS, KDSettings, named_teacher, resolve_kd
 from timm_kd.cli.parser import Parser
 from timm_kd.cli.timm_flags import DATA, TIMM_FLAGS
 from timm_kd.errors import UsageError
+from timm_kd.losses import KD_LOSSES
 from timm_kd.version import __version__
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ['KDSettings', 'build_parser', 'parse_args', 'resolve_kd']
 
@@ -42,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
         del args.config
         _settle_teacher(args, config)
         _settle_temperature(args, config)
+        _settle_loss_parameters(args, config)
         _settle_data(args, config)
         args.replayable_data |= args.teacher_cache is not None
         check_args(args, defaults)
@@ -89,6 +94,16 @@ def _settle_temperature(args: argparse.Namespace, config: dict[str, Any]) -> Non
     by_default = 'kd_loss' not in config and config.get('kd_temperature') == 4.0 and named_teacher(args) is None
     if args.kd_temperature is None and not by_default:
         args.kd_temperature = config.get('kd_temperature')
+
+
+def _settle_loss_parameters(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Where the command line replaces the loss of the file, a parameter that only the old loss has goes with it."""
+    if args.kd_loss is None or config.get('kd_loss') in (None, args.kd_loss):
+        return
+    for dest, parameter in LOSS_PARAMETERS.items():
+        if config.get(dest) and parameter not in KD_LOSSES[args.kd_loss].hyper_parameters():
+            _logger.warning(f'--kd-loss {args.kd_loss} has no {parameter}: the {dest} of the config file is left out')
+            setattr(args, dest, None if dest != 'kd_logit_std' else False)
 
 
 def _settle_data(args: argparse.Namespace, config: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+from timm.data import create_transform
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -158,6 +159,11 @@ def _require_file(dest: str, path: str | None) -> None:
 
 
 def _check_image_flags(args: argparse.Namespace) -> None:
+    if args.aa:
+        try:
+            create_transform(is_training=True, auto_augment=args.aa)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise UsageError(f'--aa {args.aa}: timm knows no such policy ({error})') from error
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, dest)
         if value is not None and (len(value) != 2 or value[0] > value[1]):
@@ -194,18 +200,26 @@ def _check_precision(args: argparse.Namespace) -> None:
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
+    """timm's factory knows best what an optimizer takes: it builds this one for a dummy parameter."""
     name = args.opt.lower().split('_')[-1]
     try:
         get_optimizer_info(name)
     except ValueError as error:
         raise UsageError(f'--opt {args.opt}: timm has no such optimizer{nearest(name, list_optimizers())}') from error
-    twice = set(args.opt_kwargs) & set(optimizer_kwargs(args))
-    if twice:
-        flag_name = {'eps': '--opt-eps', 'betas': '--opt-betas'}.get(min(twice), f'--{min(twice).replace("_", "-")}')
-        raise UsageError(f'--opt-kwargs {min(twice)}={args.opt_kwargs[min(twice)]}: use {flag_name}')
+    for twice in sorted(set(args.opt_kwargs) & set(optimizer_kwargs(args))):
+        by_flag = f'opt_{twice}' if twice in ('eps', 'betas') else twice
+        raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {twice} is set by {as_given(by_flag, True)}')
+    kwargs = dict(optimizer_kwargs(args), lr=args.lr or args.lr_base, **args.opt_kwargs)
+    try:
+        create_optimizer_v2([torch.zeros(2, 2, requires_grad=True)], **kwargs)
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise UsageError(f'--opt {args.opt} (and --opt-kwargs, --opt-eps, --opt-betas): {error}') from error
+    except RuntimeError:
+        pass  # a matter of the device (fused=True): the real parameters will tell
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
+    """As for the optimizer: timm's factory knows which lengths go together."""
     for dest in ('lr_decay_fn', 'lr_stable_timescale'):
         if getattr(args, dest) is not None and args.sched not in ('wsd', 'rsqrt'):
             raise UsageError(f'{as_given(dest, getattr(args, dest))}: is for --sched wsd and rsqrt, not {args.sched}')
@@ -213,9 +227,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
         if args.sched_on_updates:
             raise UsageError('--sched plateau looks at a metric of the epoch: leave out --sched-on-updates')
         return
-    # timm's own factory knows which lengths go together; a thousand updates stand for an epoch of any length.
-    optimizer = create_optimizer_v2([torch.zeros(1, requires_grad=True)], 'momentum', lr=args.lr or args.lr_base)
-    try:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.lr or args.lr_base)
+    try:  # a thousand updates stand for an epoch of any length
         create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1000)
     except (ValueError, AssertionError) as error:
         raise UsageError(f'--sched {args.sched}: {error}') from error

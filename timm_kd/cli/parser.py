@@ -1,6 +1,5 @@
 """The parts of the command line that argparse leaves to its users: flags as data, one-line errors, ``key=value``."""
 import argparse
-import sys
 from typing import Any, NamedTuple, NoReturn
 
 import timm.utils
@@ -80,9 +79,3 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Write one line to stderr and exit with code 2."""
         self.exit(2, f'{self.prog}: error: {message}\n')
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Exit with the code, after the message on stderr."""
-        if message:
-            sys.stderr.write(message)
-        sys.exit(status)
