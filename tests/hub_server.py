@@ -55,7 +55,8 @@ class Fault:
 
 
 class Hub:
-    """The server. `repos` is its state, `log` the (method, path, status) of every request answered.
+    """The server. `repos` is its state, `log` the (method, path, status) of every request
+    answered, `authorized` whether each came with a token.
 
     Args:
         tokens: User name by token.
@@ -68,6 +69,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, int | None]] = []
+        self.authorized: list[tuple[str, bool]] = []
         self.lock = threading.Lock()
         handler = type('Handler', (_Handler,), {'hub': self})
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
@@ -133,6 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        self.hub.authorized.append((path, bool(self._token)))
         fault = self.hub.take_fault(self.command, path)
         if fault and fault.status is None:
             self.hub.log.append((self.command, path, None))

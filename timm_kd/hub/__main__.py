@@ -4,8 +4,8 @@ import argparse
 import logging
 import sys
 
-from timm_kd.errors import UsageError
-from timm_kd.hub import PushError, push_run
+from ..errors import UsageError
+from . import PushError, push_run
 
 
 def main(argv: list[str] | None = None) -> int:

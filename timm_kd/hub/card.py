@@ -6,8 +6,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, is_model
 
-from timm_kd.hub.papers import LOGIT_STANDARDIZATION, LOSSES, SYMBOLS, TIMM
-from timm_kd.hub.run_files import Run, scrub, scrub_command
+from .papers import LOGIT_STANDARDIZATION, LOSSES, SYMBOLS, TIMM
+from .run_files import Run, scrub, scrub_command
 
 _HUB = 'https://huggingface.co'
 
@@ -112,10 +112,10 @@ def _results(run: Run, metrics: dict[str, float], epoch: int | None, is_ema: boo
     notes = []
     if metrics:
         weights = 'the running mean (EMA) of the weights' if is_ema else 'the weights'
-        notes.append(f'The student: {weights} after epoch {epoch}, measured on the validation data of the run.')
+        notes.append(f'The student is {weights} after epoch {epoch}; all are measured on the validation data of the run.')
     if 'eval_agreement' in metrics:
         teacher = 'its teachers' if len(_teachers(run)) > 1 else 'its teacher'
-        notes.append(f'It gives the same class as {teacher} on {_percent(metrics["eval_agreement"])} % of them.')
+        notes.append(f'It gives the same class as {teacher} on {_percent(metrics["eval_agreement"])} % of the images.')
     return '## Results\n\n' + '\n'.join(lines) + ('\n\n' + ' '.join(notes) if notes else '')
 
 
@@ -123,7 +123,7 @@ def _loss(run: Run) -> str:
     loss = run.record.get('loss')
     if not loss:
         return ''
-    title, formula, _ = LOSSES[loss['name'], bool(_teachers(run))]
+    facts = LOSSES[loss['name'], bool(_teachers(run))]
     parameters = {name: value for name, value in loss['parameters'].items() if name != 'logit_std'}
     lines = [f'| {SYMBOLS.get(name, name)} | {value} |' for name, value in parameters.items()]
     lines.append(f'| weight of the task loss | {loss["task_loss_weight"]} |')
@@ -131,13 +131,12 @@ def _loss(run: Run) -> str:
     if loss.get('warmup_epochs'):
         lines.append(f'| epochs over which the weight of D rises | {loss["warmup_epochs"]} |')
     standardized = (
-        '\n\nThe logits of student and teacher are standardized first: '
-        '$$z \\leftarrow (z - \\mathrm{mean}(z)) / \\mathrm{std}(z)$$'
+        '\n\nThe logits of student and teacher are standardized first:\n\n'
+        r'$$z \leftarrow \frac{z - \operatorname{mean}(z)}{\operatorname{std}(z)}$$'
     )
     return (
-        f'## Loss\n\n{title}: the training loss is the weighted sum of the task loss and\n\n$${formula}$$\n\n'
-        r'with \\(z_s\\) and \\(z_t\\) the logits of student and teacher, \\(p = \mathrm{softmax}\\), '
-        r'\\(q\\) the softmax over all classes but the true class \\(y\\).'
+        f'## Loss\n\n{facts.title}: the training loss is the weighted sum of the task loss and\n\n'
+        f'$${facts.formula}$$\n\nwith {facts.symbols}; the means are over the images of a batch.'
         + (standardized if loss['parameters'].get('logit_std') else '')
         + '\n\n| Parameter | Value |\n|---|---|\n' + '\n'.join(lines)
     )
@@ -188,7 +187,7 @@ def _citations(run: Run) -> str:
     loss = run.record.get('loss')
     papers = [TIMM]
     if loss:
-        *_, of_loss = LOSSES[loss['name'], bool(_teachers(run))]
+        of_loss = LOSSES[loss['name'], bool(_teachers(run))].citations
         papers = [*of_loss, *([LOGIT_STANDARDIZATION] if loss['parameters'].get('logit_std') else []), TIMM]
     return '## Citation\n\n```bibtex\n' + '\n\n'.join(papers) + '\n```'
 

@@ -10,10 +10,10 @@ import yaml
 from timm.models import load_state_dict, resolve_model_input_args, save_for_hf
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from timm_kd.errors import UsageError
-from timm_kd.hub.card import Publication, model_card
-from timm_kd.hub.curves import draw_curves
-from timm_kd.hub.run_files import Run, scrub
+from ..errors import UsageError
+from .card import Publication, model_card
+from .curves import draw_curves
+from .run_files import Run, scrub
 
 _logger = logging.getLogger(__name__)
 

@@ -1,5 +1,7 @@
 """What a model card says about a loss: its formula, as `timm_kd.losses` computes it, and the papers to cite."""
 
+from typing import NamedTuple
+
 TIMM = """@misc{rw2019timm,
   author = {Ross Wightman},
   title = {PyTorch Image Models},
@@ -56,34 +58,50 @@ LOGIT_STANDARDIZATION = """@inproceedings{sun2024logit,
   year = {2024}
 }"""
 
-_HINTON = r'D = T^2\,\operatorname{mean}_b\,\mathrm{KL}\big(p(z_t/T)\,\|\,p(z_s/T)\big)'
 
-# By the loss's name and whether a teacher took part: its title, formula, and papers.
-LOSSES: dict[tuple[str, bool], tuple[str, str, tuple[str, ...]]] = {
-    ('kd', True): ('Knowledge distillation (KD)', _HINTON, (_KD,)),
-    ('dkd', True): (
+class LossFacts(NamedTuple):
+    """A loss for a reader: its name, its formula in LaTeX, what stands in it, and the papers in BibTeX."""
+
+    title: str
+    formula: str
+    symbols: str
+    citations: tuple[str, ...]
+
+
+_LOGITS = r'\\(z_s\\) and \\(z_t\\) the logits of student and teacher, \\(p\\) their softmax'
+_STUDENT = r'\\(z_s\\) the logits of the student, \\(p\\) their softmax, \\(y\\) the true class'
+_Q = r'\\(y\\) the true class, \\(q\\) the softmax over the other classes'
+_HINTON = r'D = T^2\,\operatorname{mean}\,\mathrm{KL}\big(p(z_t/T)\,\|\,p(z_s/T)\big)'
+
+# By the loss's name and whether a teacher took part.
+LOSSES: dict[tuple[str, bool], LossFacts] = {
+    ('kd', True): LossFacts('Knowledge distillation (KD)', _HINTON, _LOGITS, (_KD,)),
+    ('dkd', True): LossFacts(
         'Decoupled knowledge distillation (DKD)',
-        r'D = T^2\,\operatorname{mean}_b\big(\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD}\big),\quad '
-        r'\mathrm{TCKD} = \mathrm{KL}\big([p_y, 1 - p_y]_t\,\|\,[p_y, 1 - p_y]_s\big),\quad '
-        r'\mathrm{NCKD} = \mathrm{KL}(q_t\,\|\,q_s),\quad q_i = \frac{p_i}{1 - p_y}\ (i \ne y)',
+        r'D = T^2\,\operatorname{mean}\Big(\alpha\,\mathrm{KL}\big(b(z_t/T)\,\|\,b(z_s/T)\big)'
+        r' + \beta\,\mathrm{KL}\big(q(z_t/T)\,\|\,q(z_s/T)\big)\Big),\quad b = [p_y,\,1 - p_y]',
+        f'{_LOGITS}, {_Q}',
         (_DKD,),
     ),
-    ('nkd', True): (
+    ('nkd', True): LossFacts(
         'Normalized knowledge distillation (NKD)',
-        r'D = -\operatorname{mean}_b\,p_y(z_t)\log p_y(z_s)\;-\;'
-        r'\gamma\,T^2\,\operatorname{mean}_b\sum_{i \ne y} q_i(z_t/T)\log q_i(z_s/T)',
+        r'D = -\operatorname{mean}\,p_y(z_t)\log p_y(z_s)\;-\;'
+        r'\gamma\,T^2\,\operatorname{mean}\sum_{i \ne y} q_i(z_t/T)\log q_i(z_s/T)',
+        f'{_LOGITS}, {_Q}',
         (_NKD, _NKD_ICCV),
     ),
-    ('tfnkd', False): (
+    ('tfnkd', False): LossFacts(
         'Teacher-free NKD (tf-NKD)',
-        r'D = -\operatorname{mean}_b\,w\log p_y(z_s),\quad w = p_y(z_s) + 1 - \operatorname{mean}_b\,p_y(z_s)',
+        r'D = -\operatorname{mean}\,w\log p_y(z_s),\quad w = p_y(z_s) + 1 - \operatorname{mean}\,p_y(z_s)',
+        _STUDENT,
         (_NKD,),
     ),
-    ('tfkd', True): ('Teacher-free KD by self-training (Tf-KD self)', _HINTON, (_TFKD,)),
-    ('tfkd', False): (
+    ('tfkd', True): LossFacts('Teacher-free KD by self-training (Tf-KD self)', _HINTON, _LOGITS, (_TFKD,)),
+    ('tfkd', False): LossFacts(
         'Teacher-free KD by regularization (Tf-KD reg)',
-        r'D = \operatorname{mean}_b\,\mathrm{KL}\big(\mathrm{softmax}(v/T)\,\|\,p(z_s)\big),\quad '
+        r'D = \operatorname{mean}\,\mathrm{KL}\big(\mathrm{softmax}(v/T)\,\|\,p(z_s)\big),\quad '
         r'v_y = a,\quad v_i = \frac{1 - a}{C - 1}\ (i \ne y)',
+        _STUDENT + r', \\(C\\) the number of classes',
         (_TFKD,),
     ),
 }
@@ -91,8 +109,8 @@ LOSSES: dict[tuple[str, bool], tuple[str, str, tuple[str, ...]]] = {
 # How the parameters of the losses appear in the formulas.
 SYMBOLS = {
     'temperature': 'temperature, T',
-    'alpha': 'alpha, weight of TCKD',
-    'beta': 'beta, weight of NCKD',
-    'gamma': 'gamma, weight of the non-target term',
+    'alpha': 'alpha, weight of the target class against the rest',
+    'beta': 'beta, weight of the other classes',
+    'gamma': 'gamma, weight of the other classes',
     'correct_prob': 'correct_prob, a',
 }

@@ -11,13 +11,22 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
-from timm_kd.errors import UsageError
-from timm_kd.hub.card import Publication
-from timm_kd.hub.export import export_run
-from timm_kd.hub.run_files import read_run
-from timm_kd.version import __version__
+from ..errors import UsageError
+from ..version import __version__
+from .card import Publication
+from .export import export_run
+from .run_files import read_run, without_token
 
 _logger = logging.getLogger(__name__)
+
+
+_LOG_IN = (
+    'run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)'
+)
+_ADVICE = {
+    401: f'the Hub does not accept the token: {_LOG_IN}; ',
+    403: f'the token may not write there: take another owner, or {_LOG_IN}; ',
+}
 
 
 class PushError(RuntimeError):
@@ -41,14 +50,8 @@ def check_access(repo_id: str, private: bool = False, revision: str | None = Non
             or a Hub out of reach.
     """
     _validate(repo_id)
-    token = get_token()
-    if token is None:
-        raise UsageError(
-            f'--push-to-hub {repo_id} needs a Hugging Face token: run `hf auth login`, or set HF_TOKEN to one with '
-            'write access (https://huggingface.co/settings/tokens)'
-        )
     try:
-        _open_repo(HfApi(), repo_id, private, revision)
+        _open_repo(_client(), repo_id, private, revision)
     # The client's errors have no common base: HTTP, network, its offline mode, a malformed answer.
     except Exception as error:
         raise UsageError(f'--push-to-hub {repo_id}: {_explain(error)}') from None
@@ -92,7 +95,7 @@ def push_run(
             _logger.info(f'{"Would push" if dry_run else "Pushing"} {path} ({path.stat().st_size:,} bytes)')
         if dry_run:
             return str(run.folder / 'hub')
-        api = HfApi(library_name='timm-kd', library_version=__version__)
+        api = _client()
         _open_repo(api, repo_id, private, revision)
         # Not upload_folder: over a slow line newer clients split it into several commits.
         commit = api.create_commit(
@@ -124,6 +127,13 @@ def _validate(repo_id: str) -> None:
         raise UsageError(f'--push-to-hub {repo_id} has no owner: write it as OWNER/{repo_id}')
 
 
+def _client() -> HfApi:
+    token = get_token()
+    if token is None:
+        raise PermissionError(f'no Hugging Face token: {_LOG_IN}')
+    return HfApi(token=token, library_name='timm-kd', library_version=__version__)
+
+
 def _open_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
     """Creates what does not exist yet, and asks for the right to write. The client's errors pass through."""
     api.create_repo(repo_id, private=private, exist_ok=True)
@@ -140,16 +150,10 @@ def _open_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) ->
 def _explain(error: Exception) -> str:
     """One line on what the client ran into, without the token."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    advice = {
-        401: 'the Hub does not accept the token: log in again with `hf auth login`, or set HF_TOKEN to a valid one; ',
-        403: 'the token may not write there: use one with write access to it '
-             '(https://huggingface.co/settings/tokens), or another owner; ',
-    }
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     # The client wraps what happened to an upload in an error that only names the file.
     relevant = causes[:1] if status else dict.fromkeys((causes[0], causes[-1]))
-    reason = '; '.join(' '.join(f'{type(cause).__name__}: {cause}'.split()) for cause in relevant)
-    token = get_token()
-    return advice.get(status, '') + (reason.replace(token, '***') if token else reason)
+    reason = '; '.join(' '.join(str(cause).split()) or type(cause).__name__ for cause in relevant)
+    return _ADVICE.get(status, '') + without_token(reason)

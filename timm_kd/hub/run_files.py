@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from timm_kd.errors import UsageError
+from ..errors import UsageError
 
 # A value, or the value behind `--flag=`, `key=` or `local-dir:`, that is an absolute path; `https://...` is none.
 _ABSOLUTE_PATH = re.compile(
     r'((?:-{0,2}[\w-]{2,}[=:])*)(?:file://)?(?:~[^/\\]*[/\\]|/(?!/)|[A-Za-z]:[\\/])(.*)',
     re.DOTALL,
 )
-_HUB_TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{8,}')
+_HUB_TOKEN = re.compile(r'\bhf_(?:(?:oauth|jwt)_[\w.-]+|[A-Za-z0-9]{8,})')
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,13 @@ def scrub(value: Any) -> Any:
     if match:
         prefix, path = match.groups()
         value = prefix + re.split(r'[/\\]', path.rstrip('/\\'))[-1]
-    return _HUB_TOKEN.sub('***', value)
+    return without_token(value)
+
+
+def without_token(text: str) -> str:
+    """Replaces Hub tokens by stars: what looks like one, and the one in use whatever it looks like."""
+    token = os.environ.get('HF_TOKEN') or os.environ.get('HUGGING_FACE_HUB_TOKEN')
+    return _HUB_TOKEN.sub('***', text.replace(token, '***') if token else text)
 
 
 def scrub_command(command: str) -> str:
