@@ -4,10 +4,10 @@ import torch
 from .base import DistillationLoss, check_positive, check_weight
 from .kernel import (
     has_rest,
-    has_term,
     kl_divergence,
     kl_from_cross,
     log_split,
+    row_scale,
     soften_teacher,
     split,
     standardize,
@@ -43,14 +43,14 @@ class DKDLoss(DistillationLoss):
         self.logit_std = logit_std
 
     def formula(self, student: torch.Tensor, teacher: torch.Tensor, labels: Labels) -> dict[str, torch.Tensor]:
-        term = has_term(teacher, labels)
+        scale = row_scale(teacher, labels)
         if self.logit_std:
             student, teacher = standardize(student), standardize(teacher)
         parts_teacher, rest_teacher = log_split(soften_teacher(teacher, self.temperature), labels)
         parts_student, rest_student = log_split(student / self.temperature, labels)
         return self._combine(
-            term * kl_divergence(parts_teacher, parts_student),
-            term * has_rest(parts_teacher) * kl_divergence(rest_teacher, rest_student),
+            scale * kl_divergence(parts_teacher, parts_student),
+            scale * has_rest(parts_teacher) * kl_divergence(rest_teacher, rest_student),
         )
 
     def closed_form(
@@ -59,7 +59,7 @@ class DKDLoss(DistillationLoss):
             teacher: torch.Tensor,
             labels: Labels,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        raw, term = student, has_term(teacher, labels)
+        raw, scale = student, row_scale(teacher, labels)
         if self.logit_std:
             student, teacher = standardize(student), standardize(teacher)
         softened = soften_teacher(teacher, self.temperature)
@@ -69,8 +69,8 @@ class DKDLoss(DistillationLoss):
         student_split = split(student * (1 / self.temperature), labels)
         any_rest = teacher_split.has_rest()
         result = self._combine(
-            term * kl_divergence(teacher_split.log_parts, student_split.log_parts),
-            term * any_rest * kl_from_cross(cross, teacher_split.rest, student_split.rest),
+            scale * kl_divergence(teacher_split.log_parts, student_split.log_parts),
+            scale * any_rest * kl_from_cross(cross, teacher_split.rest, student_split.rest),
         )
         # p_student = q_student * share of the rest; over the partition, d KL(b_t || b_s) = b_s - b_t.
         shift = self.alpha * (student_split.log_parts.exp() - teacher_split.log_parts.exp())
@@ -79,9 +79,9 @@ class DKDLoss(DistillationLoss):
         gradient.scatter_add_(1, labels.index, shift[:, 1:])
         if self.logit_std:
             gradient = standardize_backward_(gradient, raw)
-        return result, gradient, term * (self.temperature / len(student))
+        return result, gradient, self.temperature * scale
 
     def _combine(self, target_rows: torch.Tensor, rest_rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        tckd = self.temperature ** 2 * target_rows.mean()
-        nckd = self.temperature ** 2 * rest_rows.mean()
+        tckd = self.temperature ** 2 * target_rows.sum()
+        nckd = self.temperature ** 2 * rest_rows.sum()
         return {'kd_loss': self.alpha * tckd + self.beta * nckd, 'tckd': tckd, 'nckd': nckd}

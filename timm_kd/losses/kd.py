@@ -3,9 +3,9 @@ import torch
 
 from .base import DistillationLoss, check_positive
 from .kernel import (
-    has_term,
     kl_divergence,
     kl_from_cross,
+    row_scale,
     soften_teacher,
     softmax,
     standardize,
@@ -31,14 +31,14 @@ class KDLoss(DistillationLoss):
         self.logit_std = logit_std
 
     def formula(self, student: torch.Tensor, teacher: torch.Tensor, labels: Labels) -> dict[str, torch.Tensor]:
-        term = has_term(teacher, labels)
+        scale = row_scale(teacher, labels)
         if self.logit_std:
             student, teacher = standardize(student), standardize(teacher)
         rows = kl_divergence(
             soften_teacher(teacher, self.temperature).log_softmax(1),
             (student / self.temperature).log_softmax(1),
         )
-        return {'kd_loss': self.temperature ** 2 * (term * rows).mean()}
+        return {'kd_loss': self.temperature ** 2 * (scale * rows).sum()}
 
     def closed_form(
             self,
@@ -46,7 +46,7 @@ class KDLoss(DistillationLoss):
             teacher: torch.Tensor,
             labels: Labels,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        raw, term = student, has_term(teacher, labels)
+        raw, scale = student, row_scale(teacher, labels)
         if self.logit_std:
             student, teacher = standardize(student), standardize(teacher)
         softened = soften_teacher(teacher, self.temperature)
@@ -58,5 +58,5 @@ class KDLoss(DistillationLoss):
         gradient = p_student.probs.sub_(p_teacher.probs)
         if self.logit_std:
             gradient = standardize_backward_(gradient, raw)
-        result = {'kd_loss': self.temperature ** 2 * (term * rows).mean()}
-        return result, gradient, term * (self.temperature / len(student))
+        result = {'kd_loss': self.temperature ** 2 * (scale * rows).sum()}
+        return result, gradient, self.temperature * scale

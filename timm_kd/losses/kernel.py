@@ -17,12 +17,15 @@ NEGLIGIBLE = -1e30
 
 def soften_teacher(teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """`teacher / temperature` in a new buffer, with masked (-inf) classes made negligible."""
-    return (teacher * (1 / temperature)).clamp_(min=NEGLIGIBLE)
+    return teacher.clamp(min=NEGLIGIBLE * temperature).mul_(1 / temperature)
 
 
-def has_term(teacher: torch.Tensor, labels: Labels) -> torch.Tensor:
-    """1 for rows with a distillation term, 0 where the teacher lacks (-inf) a class of the row, `[B, 1]`."""
-    return (teacher.gather(1, labels.index) != -math.inf).all(1, keepdim=True).to(teacher.dtype)
+def row_scale(teacher: torch.Tensor, labels: Labels) -> torch.Tensor:
+    """What makes a sum over rows the mean, `[B, 1]`: 1 / B, and 0 where the teacher lacks (-inf) a class of the row."""
+    known = teacher.gather(1, labels.index) != -math.inf
+    if known.shape[1] > 1:
+        known = known.all(1, keepdim=True)
+    return known.to(teacher.dtype) / len(teacher)
 
 
 def standardize(logits: torch.Tensor) -> torch.Tensor:
@@ -51,8 +54,7 @@ def log_split(logits: torch.Tensor, labels: Labels) -> tuple[torch.Tensor, torch
 
 
 def _log_parts(rest: torch.Tensor, at_labels: torch.Tensor, labels: Labels) -> torch.Tensor:
-    at_labels = torch.where(labels.present(), at_labels, NEGLIGIBLE)
-    return torch.cat([rest, at_labels], dim=1).log_softmax(1)
+    return torch.cat([rest, labels.where_present(at_labels, NEGLIGIBLE)], dim=1).log_softmax(1)
 
 
 def has_rest(log_parts: torch.Tensor) -> torch.Tensor:

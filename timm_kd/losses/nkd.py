@@ -5,8 +5,8 @@ from .base import DistillationLoss, check_positive, check_weight
 from .kernel import (
     Split,
     has_rest,
-    has_term,
     log_split,
+    row_scale,
     soften_teacher,
     softmax,
     split,
@@ -41,7 +41,7 @@ class NKDLoss(DistillationLoss):
 
     def formula(self, student: torch.Tensor, teacher: torch.Tensor, labels: Labels) -> dict[str, torch.Tensor]:
         labels = labels.heaviest()
-        term = has_term(teacher, labels)
+        scale = row_scale(teacher, labels)
         p_target = soften_teacher(teacher, 1.0).log_softmax(1).gather(1, labels.index).exp()
         soft = -p_target * student.log_softmax(1).gather(1, labels.index)
         if self.logit_std:
@@ -49,7 +49,7 @@ class NKDLoss(DistillationLoss):
         parts_teacher, rest_teacher = log_split(soften_teacher(teacher, self.temperature), labels)
         _, rest_student = log_split(student / self.temperature, labels)
         distributed = -(rest_teacher.exp() * rest_student).sum(1, keepdim=True)
-        return self._combine(term * soft, term * has_rest(parts_teacher) * distributed)
+        return self._combine(scale * soft, scale * has_rest(parts_teacher) * distributed)
 
     def closed_form(
             self,
@@ -58,11 +58,11 @@ class NKDLoss(DistillationLoss):
             labels: Labels,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         labels = labels.heaviest()
-        term = has_term(teacher, labels)
+        scale = row_scale(teacher, labels)
         # At temperature 1 the distributed term's softmaxes give the soft term too.
         rows = self._rows_of_one_softmax if self.temperature == 1.0 and not self.logit_std else self._rows
         soft, distributed, gradient = rows(student, teacher, labels)
-        return self._combine(term * soft, term * distributed), gradient, term / len(student)
+        return self._combine(scale * soft, scale * distributed), gradient, scale
 
     def _rows_of_one_softmax(
             self,
@@ -99,8 +99,8 @@ class NKDLoss(DistillationLoss):
         return -p_target * log_p_student, distributed, gradient
 
     def _combine(self, soft_rows: torch.Tensor, distributed_rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        soft = soft_rows.mean()
-        distributed = self.temperature ** 2 * distributed_rows.mean()
+        soft = soft_rows.sum()
+        distributed = self.temperature ** 2 * distributed_rows.sum()
         return {'kd_loss': soft + self.gamma * distributed, 'soft': soft, 'distributed': distributed}
 
 

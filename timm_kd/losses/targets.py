@@ -20,13 +20,13 @@ class Labels(NamedTuple):
     index: torch.Tensor
     weight: torch.Tensor
 
-    def present(self) -> torch.Tensor:
-        """Which labels a row really has, `[B, K]` bool."""
-        return self.weight > 0
+    def where_present(self, values: torch.Tensor, otherwise: float) -> torch.Tensor:
+        """`values` `[B, K]` with those of absent labels replaced; a hard target has none."""
+        return values if self.index.shape[1] == 1 else torch.where(self.weight > 0, values, otherwise)
 
     def heaviest(self) -> 'Labels':
         """The first label alone, as if the target were hard."""
-        return Labels(self.index[:, :1], torch.ones_like(self.weight[:, :1]))
+        return self if self.index.shape[1] == 1 else Labels(self.index[:, :1], torch.ones_like(self.weight[:, :1]))
 
 
 def read_target(target: torch.Tensor, logits: torch.Tensor, smoothing: float, check: bool) -> Labels:

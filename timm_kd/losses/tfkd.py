@@ -61,4 +61,4 @@ class TFKDLoss(KDLoss):
         negative_entropy = other.log() + ((other + above) * height).sum(1, keepdim=True)
         cross = other * log_probs.sum(1, keepdim=True)
         cross = cross + (above * log_probs.gather(1, labels.index)).sum(1, keepdim=True)
-        return (negative_entropy - cross).mean()
+        return (negative_entropy - cross).sum() / len(log_probs)

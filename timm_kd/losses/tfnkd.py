@@ -33,11 +33,11 @@ class TFNKDLoss(DistillationLoss):
 
 
 def _soft_labels(log_p: torch.Tensor, labels: Labels) -> torch.Tensor:
-    present = labels.present().to(log_p.dtype)
-    p = log_p.exp() * present
-    mean = p.sum(0) / present.sum(0).clamp(min=1)  # with no row that has a second label, its term is 0
-    return present * (p + labels.weight - mean)
+    p = labels.where_present(log_p.exp(), 0.0)
+    rows = labels.where_present(torch.ones_like(p), 0.0).sum(0)
+    mean = p.sum(0) / rows.clamp(min=1)  # with no row that has a second label its term is 0, not 0 / 0
+    return labels.where_present(p + labels.weight - mean, 0.0)
 
 
 def _distill(log_p: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return -(weight * log_p).sum(1).mean()
+    return (weight * log_p).sum() / -len(log_p)
