@@ -1,0 +1,60 @@
+"""Real images and a teacher for the tests that run the script: scikit-learn's handwritten digits."""
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from timm.models import save_for_hf
+from torch.nn.functional import cross_entropy, interpolate
+
+TRAIN_IMAGES, VALIDATION_IMAGES = 16, 10  # of each class
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of real digits, 32x32 PNGs: `train/<class>` with 16 images each, `validation/<class>` with 10."""
+    root = tmp_path_factory.mktemp('data') / 'digits'
+    images, classes = load_digits(return_X_y=True)
+    pixels = (images.reshape(-1, 8, 8) / 16 * 255).astype('uint8')
+    for label in range(10):
+        own = pixels[classes == label]
+        for split, first, count in (('train', 0, TRAIN_IMAGES), ('validation', TRAIN_IMAGES, VALIDATION_IMAGES)):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for index, image in enumerate(own[first:first + count]):
+                picture = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
+                picture.convert('RGB').save(folder / f'{index:03d}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `test_resnet` trained for seconds on the digits outside `validation`, saved as timm saves for the Hub.
+
+    Its normalisation is not that of the students (timm's test models have mean and std 0.5).
+    """
+    mean, std = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
+    images, classes = load_digits(return_X_y=True)
+    target = torch.tensor(classes)
+    held_out = slice(TRAIN_IMAGES, TRAIN_IMAGES + VALIDATION_IMAGES)
+    seen = torch.ones(len(target), dtype=torch.bool)
+    for label in range(10):
+        seen[target.eq(label).nonzero()[held_out, 0]] = False
+    small = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)[seen]
+    inputs = (interpolate(small, (32, 32), mode='bicubic').clamp(0, 1).repeat(1, 3, 1, 1) - mean[0]) / std[0]
+    target = target[seen]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model('test_resnet', num_classes=10).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(2):
+            for batch in torch.randperm(len(target)).split(50):
+                optimizer.zero_grad()
+                cross_entropy(model(inputs[batch]), target[batch]).backward()
+                optimizer.step()
+    folder = tmp_path_factory.mktemp('teacher') / 'digits-teacher'
+    data_config = {'input_size': (3, 32, 32), 'mean': mean, 'std': std}
+    save_for_hf(model.eval(), folder, data_config=data_config, safe_serialization=True)
+    return folder
