@@ -1,6 +1,7 @@
 """The teacher itself: equal to timm's, frozen, in its own precision, and found out when it is broken."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -206,6 +207,16 @@ def test_weights_hash_follows_the_weights_alone():
     assert one.weights_hash() == same.weights_hash() != other.weights_hash()
     assert Teacher(build(seed=0), 7, **IMAGENET).weights_hash() == one.weights_hash()
     assert len(one.weights_hash()) == 64
+
+
+def test_fingerprint_tells_apart_whatever_changes_the_logits(tmp_path):
+    (tmp_path / 'map.txt').write_text('1\n0\n2\n3\n4\n5\n6')
+    ways = [{}, IMAGENET, {'img_size': 48}, {'dtype': 'bfloat16'}, {'dtype': 'amp'}, {'in_chans': 1}]
+    ways.append({'class_map': tmp_path / 'map.txt'})
+    prints = [json.dumps(Teacher(build(), 7, **way).fingerprint()) for way in ways]
+    prints.append(json.dumps(Teacher(build(seed=1), 7).fingerprint()))
+    assert len(set(prints)) == len(prints)
+    assert json.dumps(Teacher(build(), 7).fingerprint()) == prints[0]
 
 
 def test_start_up_line_names_what_it_does():

@@ -62,6 +62,11 @@ def test_hash_follows_the_order_of_the_members():
     assert one != two
 
 
+def test_fingerprint_has_that_of_each_member():
+    ensemble = create_teacher([build(0), build(1)], 4)
+    assert list(ensemble.fingerprint().values()) == [m.fingerprint() for m in ensemble.members]
+
+
 def test_member_of_another_class_count_is_refused():
     with pytest.raises(UsageError, match='has 5 classes, the student 4'):
         create_teacher([build(0), build(1, num_classes=5)], 4)

@@ -1,6 +1,7 @@
 """From the student's images to the teacher's: size, channels, normalisation, precision, memory layout."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,16 @@ class InputAdapter(nn.Module):
             else:
                 adapted = torch.addcmul(self.shift, adapted, self.scale)
         return adapted.to(dtype=self.dtype, memory_format=self.memory_format)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides what the teacher sees of an image, as JSON types."""
+        return {
+            'size': self.size,
+            'interpolation': None if self.size is None else self.interpolation,
+            'channels': [self.in_chans, self.teacher_chans],
+            'scale': None if self.scale is None else self.scale.flatten().tolist(),
+            'shift': None if self.shift is None else self.shift.flatten().tolist(),
+        }
 
     def describe(self) -> str:
         """What is done to the images, in words."""

@@ -1,5 +1,6 @@
 """Which class of the teacher stands for which class of the student."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -42,6 +43,11 @@ class ClassMap(nn.Module):
         """Logits `[B, teacher classes]` -> `[B, student classes]`."""
         logits = logits.index_select(1, self.index)
         return logits if self.missing is None else logits.masked_fill(self.missing, float('-inf'))
+
+    def fingerprint(self) -> str:
+        """sha256 of the map."""
+        index = self.index if self.missing is None else self.index.masked_fill(self.missing, _MISSING)
+        return hashlib.sha256(json.dumps(index.tolist()).encode()).hexdigest()
 
 
 def load_class_map(spec: str | Path, num_classes: int, teacher_classes: int, missing: str = 'error') -> list[int]:

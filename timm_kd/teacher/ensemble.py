@@ -66,6 +66,10 @@ class TeacherEnsemble(nn.Module):
         """sha256 over the members' hashes, in their order."""
         return hashlib.sha256(' '.join(m.weights_hash() for m in self._members).encode()).hexdigest()
 
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the logits of an image, of each member by its number."""
+        return {str(i): member.fingerprint() for i, member in enumerate(self._members)}
+
     def describe(self, image_size: tuple[int, int] | None = None) -> str:
         """One line for each member."""
         return '\n'.join(m.describe(image_size) for m in self._members)

@@ -16,6 +16,8 @@ _LOG_IN = '`hf auth login` (or HF_TOKEN) logs you in'
 
 def explain(error: Exception, repo: str) -> str:
     """A sentence on a failed download from the Hub repository `repo`."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the Hub answered, and the client looked into its cache all the same
     if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
         return f'{repo} is gated: accept its terms on the Hub; {_LOG_IN}'
     if isinstance(error, RepositoryNotFoundError):

@@ -218,6 +218,15 @@ class Teacher(nn.Module):
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the logits of an image, as JSON types: stored logits of an equal one can be used again."""
+        return {
+            'weights': self.weights_hash(),
+            'dtype': str(self.dtype).removeprefix('torch.') + (' amp' if self.dtype_name == 'amp' else ''),
+            'images': self.inputs.fingerprint(),
+            'classes': None if self.classes is None else self.classes.fingerprint(),
+        }
+
     def describe(self, image_size: tuple[int, int] | None = None) -> str:
         """One line on what the teacher is and does.
 
