@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
             ('POST', rf'/api/models/{name}/preupload/(?P<revision>.+)', self._preupload),
             ('POST', rf'/api/models/{name}/commit/(?P<revision>.+)', self._commit),
             ('POST', rf'/{name}\.git/info/lfs/objects/batch', self._lfs_batch),
-            ('PUT', r'/lfs/upload/(?P<oid>\w+)', self._lfs_upload),
+            ('PUT', rf'/lfs/upload/{name}/(?P<oid>\w+)', self._lfs_upload),
             ('POST', r'/lfs/verify', self._lfs_verify),
             ('GET', r'/lfs/download/(?P<oid>\w+)', self._lfs_download),
             ('GET', rf'/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)', self._resolve),
@@ -286,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for item in json.loads(self.body)['objects']:
             actions = {
-                'upload': {'href': f'{self.hub.storage_url}/lfs/upload/{item["oid"]}'},
+                'upload': {'href': f'{self.hub.storage_url}/lfs/upload/{repo_id}/{item["oid"]}'},
                 'verify': {'href': f'{self.hub.url}/lfs/verify'},
             }
             objects.append({**item, 'authenticated': True, 'actions': actions})
@@ -294,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
                 objects[-1].pop('actions')
         raise _Answer(200, {'transfer': 'basic', 'objects': objects})
 
-    def _lfs_upload(self, oid: str) -> None:
+    def _lfs_upload(self, repo_id: str, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise _Answer(400, {'error': 'the content does not have this hash'})
         self.hub.blobs[oid] = self.body

@@ -1,6 +1,8 @@
 """Pushing to and pulling from a Hub on loopback, through the real clients in processes of their own."""
 
+import contextlib
 import csv
+import io
 import json
 import logging
 import multiprocessing
@@ -33,10 +35,10 @@ CLASSES = ['cat', 'dog', 'newt']
 FILES = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv', 'curves.png'}
 
 
-def make_run(folder: Path, model: str = 'test_resnet', size: int = 32, ema: bool = True, loss: str = 'nkd') -> Path:
+def make_run(folder: Path, model: str = 'test_resnet', size: int = 32, ema: bool = True, seed: int = 0) -> Path:
     """A run of two epochs, the first of them the better, saved by timm's saver as the training script does."""
     folder.mkdir(parents=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     fixed = {'img_size': size} if 'vit' in model else {}
     student = timm.create_model(model, num_classes=len(CLASSES), **fixed)
     args = Namespace(
@@ -80,7 +82,7 @@ def make_run(folder: Path, model: str = 'test_resnet', size: int = 32, ema: bool
             'top1': 91.5, 'top5': 99.25,
         }],
         'loss': {
-            'name': loss, 'parameters': {'temperature': 1.0, 'gamma': 1.5}, 'task_loss_weight': 1.0,
+            'name': 'nkd', 'parameters': {'temperature': 1.0, 'gamma': 1.5}, 'task_loss_weight': 1.0,
             'distill_loss_weight': 0.75, 'warmup_epochs': 0,
         },
         'eval_metric': 'top1', 'best': {'epoch': 0, 'metric': 71.25},
@@ -139,10 +141,30 @@ def teach(spec: str, images: np.ndarray) -> np.ndarray:
     return create_teacher(spec, num_classes=len(CLASSES), dtype='float32')(torch.from_numpy(images)).numpy()
 
 
-def execute(snippet: str, folder: Path) -> str:
-    import contextlib
-    import io
+def train(argv: list[str], token: str | None = TOKEN) -> tuple[int, str]:
+    """Exit code and standard error of the training script."""
+    from timm_kd.train import main
 
+    log_in(token)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            main(argv)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return code, errors.getvalue()
+
+
+def run_hub_command(argv: list[str]) -> tuple[int, str]:
+    """Exit code and standard output of `python -m timm_kd.hub`."""
+    from timm_kd.hub.__main__ import main
+
+    log_in(TOKEN)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        return main(argv), output.getvalue()
+
+
+def execute(snippet: str, folder: Path) -> str:
     os.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(snippet, {})
@@ -163,29 +185,27 @@ def run_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def cut_push(tmp_path_factory):
-    """The command line against a Hub that cuts every upload; started first, as it waits half a minute between tries."""
-    folder = tmp_path_factory.mktemp('cut')
-    run_dir = make_run(folder / 'run')
-    command = [sys.executable, '-m', 'timm_kd.hub', 'push', str(run_dir), 'me/cut', '--license', 'mit']
-    with Hub({TOKEN: 'me'}) as hub:
-        hub.fail('PUT', '/lfs/upload/', status=None)
-        environment = client_environment(hub.url, folder / 'home') | {'HF_TOKEN': TOKEN}
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        yield hub, run_dir, process, environment
-        process.kill()
-
-
-@pytest.fixture(scope='module')
-def hub(cut_push):
+def hub():
     with Hub({TOKEN: 'me', READ_TOKEN: 'me'}, read_only=(READ_TOKEN,)) as hub:
         yield hub
 
 
 @pytest.fixture(scope='module')
-def client(hub, tmp_path_factory):
+def cut_push(hub, tmp_path_factory):
+    """The command line while every upload is cut; started first, as it waits half a minute between its tries."""
+    folder = tmp_path_factory.mktemp('cut')
+    run_dir = make_run(folder / 'run', seed=1)
+    hub.fail('PUT', '/lfs/upload/me/cut/', status=None)
+    environment = client_environment(hub.url, folder / 'home') | {'HF_TOKEN': TOKEN}
+    command = [sys.executable, '-m', 'timm_kd.hub', 'push', str(run_dir), 'me/cut', '--license', 'mit']
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield run_dir, process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope='module')
+def client(hub, cut_push, tmp_path_factory):
     """Calls a function of this module in a process whose Hub client speaks to the loopback Hub."""
     environment, before = client_environment(hub.url, tmp_path_factory.mktemp('home')), dict(os.environ)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
@@ -342,7 +362,7 @@ def test_a_public_repository_is_refused_where_a_private_one_was_asked_for(hub, c
     (403, 'POST', '/api/models/me/fail403/commit'),
     (404, 'POST', '/api/models/me/fail404/commit'),
     (500, 'POST', '/api/models/me/fail500/commit'),
-    (429, 'POST', '/me/fail429.git/info/lfs'),
+    (429, 'POST', '/api/models/me/fail429/preupload'),
 ])
 def test_a_failed_push_says_why_and_how_to_try_again_without_the_token(hub, client, run_dir, status, method, path):
     repo_id = f'me/fail{status}'
@@ -356,18 +376,18 @@ def test_a_failed_push_says_why_and_how_to_try_again_without_the_token(hub, clie
     assert set(hub.files(repo_id)) == {'.gitattributes'}
 
 
-def test_the_client_retries_an_upload_that_was_cut_once_and_a_busy_hub(hub, client, run_dir, images, tmp_path):
-    run_dir = make_run(tmp_path / 'run', ema=False)
-    hub.fail('PUT', '/lfs/upload/', status=None, times=1)
-    hub.fail('PUT', '/lfs/upload/', status=503, times=1)
+def test_the_client_retries_an_upload_that_was_cut_and_one_the_storage_refused(hub, client, images, tmp_path):
+    run_dir = make_run(tmp_path / 'run', seed=2)
+    hub.fail('PUT', '/lfs/upload/me/flaky/', status=None, times=1)
+    hub.fail('PUT', '/lfs/upload/me/flaky/', status=503, times=1)
     client(push, run_dir, 'me/flaky')
     assert {('PUT', None), ('PUT', 503)} <= {(method, status) for method, _, status in hub.log}
     logits, _ = client(pull, 'me/flaky', tmp_path / 'cache', images)
     np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
 
 
-def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_works(cut_push):
-    hub, run_dir, process, environment = cut_push
+def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_works(hub, client, cut_push):
+    run_dir, process = cut_push
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 4
     assert TOKEN not in output + errors
@@ -376,11 +396,80 @@ def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_w
 
     hub.faults.clear()
     _, _, command = errors.strip().splitlines()[-1].partition('To try again: ')
-    words = [sys.executable, *shlex.split(command)[1:]]
-    again = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.strip() == f'{hub.url}/me/cut/commit/{hub.repos["me/cut"].branches["main"][-1][0]}'
-    assert TOKEN not in again.stdout + again.stderr
+    python, dash_m, module, *argv = shlex.split(command)
+    assert (python, dash_m, module) == ('python', '-m', 'timm_kd.hub')
+    code, output = client(run_hub_command, argv)
+    oid, _, files = hub.repos['me/cut'].branches['main'][-1]
+    assert (code, output.strip()) == (0, f'{hub.url}/me/cut/commit/{oid}')
+    assert set(files) - {'.gitattributes'} == FILES
+
+
+# Through the training script
+
+
+@pytest.fixture(scope='module')
+def training(tmp_path_factory):
+    """The flags of a short run on an image folder of three classes of coloured noise."""
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp('data'), np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for channel, name in enumerate(CLASSES):
+            (folder / 'pets' / split / name).mkdir(parents=True)
+            for index in range(4):
+                pixels = rng.integers(0, 128, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(folder / 'pets' / split / name / f'{index}.png')
+    return [
+        str(folder / 'pets'), '--model', 'test_resnet', '--img-size', '32', '--num-classes', '3', '--epochs', '1',
+        '-b', '6', '--workers', '0', '--device', 'cpu', '--kd-loss', 'dkd', '--output', str(folder),
+    ]
+
+
+def test_the_script_trains_with_a_teacher_of_the_hub_and_pushes_what_timm_pulls(
+        hub, client, pushed, training, images, tmp_path,
+):
+    environment = client_environment(hub.url, tmp_path / 'home') | {'HF_TOKEN': TOKEN}
+    script = Path(__file__).parent.parent / 'train_kd.py'
+    flags = ['--teacher', f'hf-hub:{pushed}', '--push-to-hub', 'me/trained', '--hub-private', '--experiment', 'pushed']
+    done = subprocess.run(
+        [sys.executable, str(script), *training, *flags], env=environment, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    output = Path(training[-1], 'pushed')
+    assert all(TOKEN.encode() not in path.read_bytes() for path in output.rglob('*') if path.is_file())
+
+    logits, config = client(pull, 'me/trained', tmp_path / 'cache', images)
+    np.testing.assert_array_equal(logits, expected_logits(output, images))
+    assert tuple(config['label_names']) == tuple(CLASSES) and tuple(config['input_size']) == (3, 32, 32)
+
+    card = ModelCard(hub.files('me/trained')['README.md'].decode())
+    (row,) = csv.DictReader((output / 'summary.csv').read_text().splitlines())
+    assert [metric['value'] for metric in card.data.to_dict()['model-index'][0]['results'][0]['metrics']] == \
+        pytest.approx([float(row['eval_top1']) / 100, float(row['eval_top5']) / 100], abs=1e-6)
+    assert f'https://huggingface.co/{pushed}' in card.text
+    assert f'on {float(row["eval_agreement"]):.2f} % of the images' in card.text
+    for name, content in hub.files('me/trained').items():
+        if name.endswith(('.md', '.yaml', '.csv', '.json')):
+            assert training[-1] not in content.decode(), name
+
+
+def test_without_a_token_the_script_stops_before_training(client, training):
+    flags = ['--teacher', 'local-dir:/nowhere', '--push-to-hub', 'me/never', '--experiment', 'no-token']
+    code, errors = client(train, training + flags, token=None)
+    assert code == 2 and 'no Hugging Face token: run `hf auth login`' in errors
+    assert not Path(training[-1], 'no-token').exists()
+
+
+def test_a_push_that_fails_at_the_end_keeps_the_trained_student_and_exits_with_4(hub, client, pushed, training):
+    hub.fail('POST', '/api/models/me/lost/commit', status=500)
+    flags = ['--teacher', f'hf-hub:{pushed}', '--push-to-hub', 'me/lost', '--experiment', 'not-pushed']
+    code, errors = client(train, training + flags)
+    output = Path(training[-1], 'not-pushed')
+    assert code == 4 and f'python -m timm_kd.hub push {output} me/lost' in errors
+    assert (output / 'model_best.pth.tar').exists()
+    assert {path.name for path in (output / 'hub').iterdir()} == FILES
 
 
 # The folder and the card, which need no Hub
@@ -547,3 +636,16 @@ def test_a_folder_that_is_no_run_is_a_usage_error(tmp_path, spoil, message):
     spoil(run_dir)
     with pytest.raises(UsageError, match=message):
         push_run(run_dir, 'me/x', dry_run=True)
+
+
+@pytest.mark.soak
+def test_all_of_this_holds_under_the_oldest_client(tmp_path):
+    # timm names no oldest huggingface_hub; this is the first whose errors are where this project looks for them.
+    oldest = 'huggingface_hub==0.25.0'
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--target', str(tmp_path), oldest], check=True)
+    tests = [__file__, str(Path(__file__).with_name('test_teacher_hub.py'))]
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', 'not soak', *tests],
+        env=os.environ | {'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stdout

@@ -112,7 +112,7 @@ def _results(run: Run, metrics: dict[str, float], epoch: int | None, is_ema: boo
     notes = []
     if metrics:
         weights = 'the running mean (EMA) of the weights' if is_ema else 'the weights'
-        notes.append(f'The student is {weights} after epoch {epoch}; all are measured on the validation data of the run.')
+        notes.append(f'The student is {weights} after epoch {epoch}; all figures are on the run\'s validation data.')
     if 'eval_agreement' in metrics:
         teacher = 'its teachers' if len(_teachers(run)) > 1 else 'its teacher'
         notes.append(f'It gives the same class as {teacher} on {_percent(metrics["eval_agreement"])} % of the images.')
