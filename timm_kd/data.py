@@ -93,14 +93,14 @@ def create_train_data(
             batch_size=args.batch_size,
             is_training=True,
             collate_fn=collate_fn,
-            **_augmentation(args, data_config),
+            **augmentation_settings(args, data_config),
             **_scheduled_sizes(args),
             **_loading(args, data_config, device, dtype),
         )
     except ValueError as error:  # timm's own sentences about --train-img-sizes and its like
         raise UsageError(f'training loader: {error}') from error
     if args.replayable_data:
-        loader = make_replayable(loader, seed=args.seed)
+        loader = make_replayable(loader, seed=args.seed, num_epochs=args.teacher_cache_epochs)
         if mixup_fn is not None:
             mixup_fn = ReplayMixup(mixup_fn, loader)
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:
@@ -208,7 +208,8 @@ def _check_classes(dataset: Dataset, args: argparse.Namespace) -> None:
             f'(--num-classes {len(names)}?).')
 
 
-def _augmentation(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
+def augmentation_settings(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
+    """Returns the keywords of `create_loader` that decide how training images are augmented."""
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']

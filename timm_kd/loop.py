@@ -19,6 +19,7 @@ from .random_state import get_random_state, set_random_state
 from .runtime import SkippedSteps, Terminated, TerminationSignal
 from .summary import Summary
 from .task import KDTask
+from .teacher_cache import CachedTeacher
 
 _logger = logging.getLogger('train')
 
@@ -121,6 +122,8 @@ class Loop:
             self.data.disable_mixup()
         if isinstance(self.task, KDTask):
             self.task.set_epoch(epoch + 1)
+        teacher = getattr(self.task, 'teacher', None)
+        cache = teacher if isinstance(teacher, CachedTeacher) else None
         if self.first_batch < len(self.data.loader):
             train_one_epoch(
                 self.task,
@@ -132,9 +135,12 @@ class Loop:
                 loss_scaler=self.loss_scaler,
                 lr_scheduler=self.lr_scheduler,
                 mixup_fn=self.data.mixup_fn,
+                teacher_logits=cache.stored if cache is not None else None,
                 first_batch=self.first_batch,
                 on_update=self._after_update,
             )
+            if cache is not None:
+                cache.flush()
             self._check_finite(epoch)
             self._distribute_bn(self.task.get_trainable_module())
         self.first_batch = 0

@@ -44,6 +44,7 @@ from .record import RunRecord, read_run_id
 from .runtime import EXIT_SIGTERM, Terminated, create_loss_scaler, model_dtype, setup_device
 from .student import check_returns_logits, create_student
 from .summary import Summary
+from .teacher_cache.setup import open_cached_teacher
 
 _logger = logging.getLogger('train')
 
@@ -102,7 +103,10 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     eval_loader = create_eval_loader(args, data_config, device, dtype)
     optimizer = create_optimizer(args, student)
     loss_scaler = create_loss_scaler(args, device)
-    teacher = create_run_teacher(args, kd, data_config, device)
+    if args.teacher_cache:
+        teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype)
+    else:
+        teacher = create_run_teacher(args, kd, data_config, device)
     task = create_task(args, kd, student, teacher, optimizer, data.mixup_active, device, dtype)
     if args.model_ema:
         task.setup_ema(
@@ -162,9 +166,12 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
             write_atomically(Path(output_dir, 'args.yaml'), args_text)
             record.write(output_dir)
         if teacher is not None and not args.no_teacher_eval and eval_loader is not None:
-            with preserved_random_state():
-                own_loader = create_eval_loader(args, data_config, device, dtype, persistent_workers=False)
-                metrics, loop.teacher_predictions = evaluate_teacher(task, own_loader, loop.steps, args.distributed)
+            def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
+                with preserved_random_state():
+                    own_loader = create_eval_loader(args, data_config, device, dtype, persistent_workers=False)
+                    return evaluate_teacher(task, own_loader, loop.steps, args.distributed)
+
+            metrics, loop.teacher_predictions = teacher.validation(evaluate) if args.teacher_cache else evaluate()
             record.set_teacher_metrics(metrics)
         if args.torchcompile:
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)

@@ -1,9 +1,13 @@
 """A teacher that remembers: stored logits where there are any, else the live teacher's, which are stored."""
+import json
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..replay import ReplayBatchSampler
 from .epoch_file import EpochFile
@@ -26,6 +30,11 @@ class CachedTeacher(nn.Module):
         by_position: Rows are numbered by position in the epoch (where rows mix or share draws), else by sample index.
         device: Where the logits are wanted.
         teacher: The live teacher; None where all rows are present.
+
+    Attributes:
+        members: The single teachers, or what is known of them (`source`, `model_name`, `num_params`).
+        validation_key: What the teacher's validation depends on; None: it is not wanted.
+        validation_loader: The loader whose order stored predictions are wanted in.
     """
 
     def __init__(
@@ -44,6 +53,9 @@ class CachedTeacher(nn.Module):
         self.by_position = by_position
         self.device = device
         self.teacher = teacher
+        self.members: list[Any] = [] if teacher is None else teacher.members
+        self.validation_key: str | None = None
+        self.validation_loader: DataLoader | None = None
         self._file: EpochFile | None = None
         self._epoch: int | None = None
         self._rows: np.ndarray | None = None
@@ -79,7 +91,8 @@ class CachedTeacher(nn.Module):
             return None
         data = self._host_buffer(len(rows))
         self._file.read(rows, data.numpy())
-        self._file.prefetch(self._rows_of(batch + 1))
+        if batch + 1 < len(self.batch_sampler):
+            self._file.prefetch(self._rows_of(batch + 1))
         return self.layout.unpack(data.to(self.device, non_blocking=True))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -132,3 +145,42 @@ class CachedTeacher(nn.Module):
         if self._file is not None:
             self._file.close()
         self._file = self._epoch = None
+
+    def combine(self, answers: list[torch.Tensor]) -> torch.Tensor:
+        """Combine the answers of the live teacher's members."""
+        return self.teacher.combine(answers)
+
+    def knows_validation(self) -> bool:
+        """Tell whether the teacher's validation is stored, or not wanted."""
+        return self.validation_key is None or str(self.folder.load_validation().get('key')) == self.validation_key
+
+    def validation(
+            self,
+            evaluate: Callable[[], tuple[list[dict[str, float]], torch.Tensor]],
+    ) -> tuple[list[dict[str, float]], torch.Tensor]:
+        """Recall the teacher's validation, or have it made and store it.
+
+        Args:
+            evaluate: Evaluates the live teacher: metrics of each member, and its classes `[N]` in the order of
+                `validation_loader`, of which each rank has every world-size-th sample.
+
+        Returns:
+            The same, from the cache where it is there.
+        """
+        sampler = self.validation_loader.sampler
+        rank, world_size = getattr(sampler, 'rank', 0), getattr(sampler, 'num_replicas', 1)
+        count = len(self.validation_loader.dataset)
+        if self.teacher is None or self.knows_validation():
+            stored = self.folder.load_validation()
+            # Ranks are padded with the first samples to equal numbers.
+            own = np.arange(rank, -(-count // world_size) * world_size, world_size) % count
+            return json.loads(str(stored['metrics'])), torch.from_numpy(stored['predictions'][own]).to(self.device)
+        metrics, predictions = evaluate()
+        parts = [predictions]
+        if world_size > 1:
+            parts = [torch.empty_like(predictions) for _ in range(world_size)]
+            torch.distributed.all_gather(parts, predictions)
+        if rank == 0:
+            whole = torch.stack(parts, dim=1).flatten()[:count].cpu().numpy()
+            self.folder.save_validation(key=self.validation_key, metrics=json.dumps(metrics), predictions=whole)
+        return metrics, predictions

@@ -17,6 +17,8 @@ from .key import Key, claim_key
 _logger = logging.getLogger(__name__)
 
 KEY_FILE, LOCK_FILE, VALIDATION_FILE = 'key.json', 'lock', 'validation.npz'
+TEACHER_FILE, ARGS_FILE = 'teacher.json', 'args.yaml'
+_REPLACED = VALIDATION_FILE, TEACHER_FILE, ARGS_FILE
 _EPOCH_FILES = 'epoch-*.logits'
 _READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
 
@@ -94,7 +96,7 @@ class CacheFolder:
             raise UsageError(f'--teacher-cache-rebuild: another run is using {self.path}: wait for its end.') from None
         _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
         # The key goes last: a folder with a key never holds another key's rows, whenever this is interrupted.
-        for path in [*self.path.glob(_EPOCH_FILES), self.path / VALIDATION_FILE, self.path / KEY_FILE]:
+        for path in [*self.path.glob(_EPOCH_FILES), *(self.path / name for name in _REPLACED), self.path / KEY_FILE]:
             path.unlink(missing_ok=True)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 

@@ -1,0 +1,89 @@
+"""What identifies a data set or a teacher without loading either: names, sizes, hashes."""
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from timm.models import get_pretrained_cfg
+from torch.utils.data import Dataset
+
+from ..teacher.locate import locate
+
+_MAX_STATS = 4096
+_WEIGHTS = ('*.safetensors', '*.bin', '*.pth', '*.pt', 'config.json')
+
+
+def fingerprint_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Describe which samples a map-style data set holds, in which order.
+
+    File names and classes are hashed, and the sizes of up to 4096 files spread over the set: reading all of ImageNet
+    to notice a changed pixel would cost as much as an epoch.
+
+    Args:
+        dataset: One of timm's `create_dataset`, or any with a length.
+
+    Returns:
+        `type`, `count`, and hashes: `files`, `sizes`, `classes`, each where the data set knows them.
+    """
+    reader = getattr(dataset, 'reader', dataset)
+    content = {'type': type(reader).__name__, 'count': len(dataset)}
+    samples = getattr(reader, 'samples', None)
+    if samples and isinstance(samples[0][0], str):
+        root = os.path.commonpath([samples[0][0], samples[-1][0]])
+        root = str(getattr(reader, 'root', root))
+        content['files'] = _hash(f'{path.removeprefix(root)} {target}' for path, target in samples)
+        paths = [path for path, _ in samples[::-(-len(samples) // _MAX_STATS)]]
+        content['sizes'] = _hash(str(os.path.getsize(path)) for path in paths)
+    elif hasattr(getattr(reader, 'dataset', None), '_fingerprint'):
+        content['files'] = reader.dataset._fingerprint  # of Hugging Face datasets: hashes data and transforms of it
+    elif hasattr(dataset, 'filenames'):
+        content['files'] = _hash(dataset.filenames())
+    elif hasattr(dataset, 'targets'):
+        content['targets'] = _hash(str(target) for target in dataset.targets)
+    if getattr(reader, 'class_to_idx', None):
+        content['classes'] = _hash(f'{name} {index}' for name, index in reader.class_to_idx.items())
+    return content
+
+
+def fingerprint_teacher(spec: str) -> dict[str, Any]:
+    """Describe where a teacher's weights come from, in such a way that other weights look different.
+
+    Files are hashed; a name of timm stands for the file it downloads, a Hub repository for itself: whether that has
+    been pushed to since is seen when the teacher is loaded, from `weights_hash`.
+
+    Args:
+        spec: A spec of `Teacher`.
+
+    Raises:
+        UsageError: It points nowhere.
+    """
+    kind, place = locate(spec)
+    if kind == 'file':
+        return {'file': Path(place).name, 'sha256': _hash_files([Path(place)])}
+    if kind == 'folder':
+        folder = Path(place.removeprefix('local-dir:'))
+        files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+        return {'folder': folder.name, 'sha256': _hash_files(files)}
+    if kind == 'timm':
+        cfg = get_pretrained_cfg(place)
+        return {'timm': place, 'weights': cfg.hf_hub_id or cfg.url or str(cfg.file), 'tag': cfg.tag}
+    return {'hub': place.split(':', 1)[-1]}
+
+
+def hash_file(path: str | Path) -> str:
+    """sha256 of a file's content."""
+    return _hash_files([Path(path)])
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
