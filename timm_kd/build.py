@@ -84,7 +84,7 @@ def create_task(
         dtype: torch.dtype | None,
 ) -> TrainingTask:
     """Makes timm's classification task, or `KDTask`, on the criterion that timm's script would use."""
-    loss_type = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce'
+    loss_type = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce')
     criterion = create_classification_loss(
         loss_type,
         smoothing=args.smoothing,
