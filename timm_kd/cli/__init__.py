@@ -101,7 +101,8 @@ def _settle_loss_parameters(args: argparse.Namespace, config: dict[str, Any]) ->
     if args.kd_loss is None or config.get('kd_loss') in (None, args.kd_loss):
         return
     for dest, parameter in LOSS_PARAMETERS.items():
-        if config.get(dest) and parameter not in KD_LOSSES[args.kd_loss].hyper_parameters():
+        of_the_file = config.get(dest) and config[dest] == getattr(args, dest)
+        if of_the_file and parameter not in KD_LOSSES[args.kd_loss].hyper_parameters():
             _logger.warning(f'--kd-loss {args.kd_loss} has no {parameter}: the {dest} of the config file is left out')
             setattr(args, dest, None if dest != 'kd_logit_std' else False)
 

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -52,9 +53,9 @@ _NAMES = {
     'dist_bn': ('', 'broadcast', 'reduce'),
     'worker_seeding': ('all', 'part'),
     'eval_metric': ('top1', 'top5', 'loss'),
-    'loss': ('ce', 'bce', 'jsd'),
-    'task': ('classification', 'singlelabel', 'single-label', 'single_label', 'multiclass'),
-    'target_format': ('indices',),
+    'loss': ('', 'ce', 'bce', 'jsd'),
+    'task': ('', 'classification', 'singlelabel', 'single-label', 'single_label', 'multiclass'),
+    'target_format': ('', 'indices'),
 }
 
 # Data sets that timm finds by name: a local folder is only where they are stored.
@@ -254,7 +255,6 @@ def _check_hub(args: argparse.Namespace) -> None:
             if getattr(args, dest):
                 raise UsageError(f'{as_given(dest, getattr(args, dest))}: belongs to --push-to-hub, which is not given')
         return
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
     try:
         validate_repo_id(args.push_to_hub)
     except HFValidationError as error:

@@ -45,6 +45,7 @@ def load_config(path: str, parser: Parser) -> dict[str, Any]:
         raise UsageError(f'--config {path}: expected lines of "key: value", got a {type(config).__name__}')
 
     actions = {action.dest: action for action in parser._actions if action.default is not argparse.SUPPRESS}
+    del actions['config']
     values = {}
     for key, value in config.items():
         if key in actions:
@@ -105,7 +106,7 @@ def _convert_scalar(action: argparse.Action, value: Any) -> Any:
     if isinstance(value, (list, dict)) or value is None:
         raise ValueError(f'expected one value, got {value!r}')
     if action.type in (int, float):
-        converted = _convert_number(action.type, value)
+        converted = _convert_number(action, value)
     elif isinstance(value, bool):
         raise ValueError(f'expected text, got {value!r} (in YAML, quote a word such as yes, no, on or off)')
     else:
@@ -115,15 +116,16 @@ def _convert_scalar(action: argparse.Action, value: Any) -> Any:
     return converted
 
 
-def _convert_number(number_type: type, value: Any) -> int | float:
-    expected = 'an integer' if number_type is int else 'a number'
-    fractional = number_type is int and isinstance(value, float) and not value.is_integer()
+def _convert_number(action: argparse.Action, value: Any) -> int | float:
+    expected = 'an integer' if action.type is int else 'a number'
+    fractional = action.type is int and isinstance(value, float) and not value.is_integer()
     if isinstance(value, bool) or fractional or not isinstance(value, (int, float, str)):
         raise ValueError(f'expected {expected}, got {value!r}')
     try:
-        return number_type(value)
+        number = action.type(value)
     except (ValueError, OverflowError):
         raise ValueError(f'expected {expected}, got {value!r}') from None
+    return action.default if number == action.default else number  # timm has integer defaults of float flags
 
 
 def _convert_nested(value: Any) -> Any:

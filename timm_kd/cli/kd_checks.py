@@ -28,7 +28,7 @@ def check_kd(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
         if getattr(args, dest) != defaults[dest]:
             raise UsageError(f'{as_given(dest, getattr(args, dest))}: {reason}')
     if args.teacher and args.kd_model_name and args.kd_model_name != args.teacher:
-        raise UsageError(f'--kd-model-name {args.kd_model_name} beside {_teachers(args.teacher)}: name one teacher')
+        raise UsageError(f'--kd-model-name {args.kd_model_name} beside {_teacher_flag(args)}: name one teacher')
 
     settings = resolve_kd(args)
     if settings is None:
@@ -54,7 +54,7 @@ def _check_loss(args: argparse.Namespace, settings: KDSettings) -> None:
         teacher_free = ' or '.join(name for name, other in KD_LOSSES.items() if not other.needs_teacher)
         raise UsageError(f'--kd-loss {settings.loss} needs a teacher: add --teacher SPEC, or choose {teacher_free}')
     if settings.teacher is not None and not loss.accepts_teacher:
-        raise UsageError(f'{_teachers(settings.teacher)}: --kd-loss {settings.loss} has no teacher, leave it out '
+        raise UsageError(f'{_teacher_flag(args)}: --kd-loss {settings.loss} has no teacher, leave it out '
                          '(--teacher \'\' overrides a config file)')
     known = {dest: parameter for dest, parameter in LOSS_PARAMETERS.items() if parameter in loss.hyper_parameters()}
     for dest, parameter in LOSS_PARAMETERS.items():
@@ -63,7 +63,7 @@ def _check_loss(args: argparse.Namespace, settings: KDSettings) -> None:
             raise UsageError(f'{as_given(dest, getattr(args, dest))}: no parameter of {settings.loss}, {its_own}')
     if settings.loss == 'tfkd' and settings.teacher is not None and args.kd_correct_prob is not None:
         raise UsageError(f'--kd-correct-prob {args.kd_correct_prob}: describes the virtual teacher of tfkd, '
-                         f'and there is {_teachers(settings.teacher)}')
+                         f'and there is {_teacher_flag(args)}')
     if settings.distill_loss_weight < 0:
         raise UsageError(f'--task-loss-weight {args.task_loss_weight} leaves the distillation loss a weight of '
                          f'{settings.distill_loss_weight:g}: give --distill-loss-weight too')
@@ -82,9 +82,11 @@ def _check_setting(args: argparse.Namespace, settings: KDSettings) -> None:
 
 def _check_teacher(args: argparse.Namespace, settings: KDSettings) -> None:
     specs = settings.teacher if isinstance(settings.teacher, list) else [settings.teacher]
-    if args.teacher_model and not any(os.path.isfile(spec) for spec in specs):
-        raise UsageError(f'--teacher-model {args.teacher_model}: gives a weights file its architecture, '
-                         f'and {_teachers(settings.teacher)} is no file')
+    if not any(os.path.isfile(spec) for spec in specs):
+        for dest in ('teacher_model', 'teacher_ema'):
+            if getattr(args, dest):
+                raise UsageError(f'{as_given(dest, getattr(args, dest))}: is for a teacher that is a weights file, '
+                                 f'and {_teacher_flag(args)} is none')
     if args.teacher_dtype == 'amp' and not args.amp:
         raise UsageError('--teacher-dtype amp: is the autocast of the student, add --amp or choose a dtype')
     if args.teacher_class_map_missing == 'mask' and not args.teacher_class_map:
@@ -109,6 +111,8 @@ def _check_teacher_cache(args: argparse.Namespace, defaults: dict[str, Any]) -> 
         raise UsageError(f'{cache}: needs a data set with indices, and --dataset {args.dataset} is a stream')
 
 
-def _teachers(teacher: str | list[str]) -> str:
-    specs = teacher if isinstance(teacher, list) else [teacher]
-    return ' '.join(f'--teacher {spec}' for spec in specs)
+def _teacher_flag(args: argparse.Namespace) -> str:
+    if not args.teacher:
+        return as_given('kd_model_name', args.kd_model_name)
+    specs = args.teacher if isinstance(args.teacher, list) else [args.teacher]
+    return ' '.join(as_given('teacher', spec) for spec in specs)

@@ -1,5 +1,6 @@
 """The parts of the command line that argparse leaves to its users: flags as data, one-line errors, ``key=value``."""
 import argparse
+import copy
 from typing import Any, NamedTuple, NoReturn
 
 import timm.utils
@@ -66,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_flag(self, flag: Flag, group: argparse._ArgumentGroup | None = None) -> argparse.Action:
         """Add a flag to a group of the parser, or to the parser itself."""
-        return (group or self).add_argument(*flag.names, **flag.options)
+        return (group or self).add_argument(*flag.names, **copy.deepcopy(flag.options))
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """As argparse, but an unknown flag is answered with the nearest known one."""

@@ -1,0 +1,217 @@
+"""The command line: timm's flags as timm has them, and what is refused before anything is built."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from timm.data import Mixup
+from timm.utils import ParseKwargs
+
+from timm_kd.cli import build_parser, parse_args
+from timm_kd.version import __version__
+
+TIMM_FLAGS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
+OTHER_DEFAULTS = {'kd_temperature': None, 'decay_epochs': None}
+ACTIONS = {action.dest: action for action in build_parser()._actions}
+KINDS = {'Store': '_StoreAction', 'StoreTrue': '_StoreTrueAction', 'ParseKwargs': 'ParseKwargs'}
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """The one line that a refused command line leaves on stderr."""
+    def run(*argv: str, data: str | None = str(tmp_path)) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse_args([*([data] if data else []), *argv])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith('train-kd: error: ') and error.count('\n') == 1
+        return error
+    return run
+
+
+def parse(tmp_path, *argv):
+    return parse_args([str(tmp_path), *argv])[0]
+
+
+@pytest.mark.parametrize('timm_flag', TIMM_FLAGS, ids=lambda timm_flag: timm_flag['dest'])
+def test_flag_is_declared_as_in_timm(timm_flag):
+    action = ACTIONS[timm_flag['dest']]
+    assert action.option_strings == timm_flag['flags']
+    assert type(action).__name__ == KINDS[timm_flag['kind']]
+    assert (action.type.__name__ if action.type else None) == timm_flag['type']
+    assert action.default == OTHER_DEFAULTS.get(action.dest, timm_flag['default'])
+    assert action.nargs == timm_flag['nargs']
+    assert action.const == timm_flag['const']
+    assert (list(action.choices) if action.choices else None) == timm_flag['choices']
+
+
+def test_every_flag_of_timm_is_accepted_at_its_default_value(tmp_path):
+    argv = []
+    for timm_flag in TIMM_FLAGS:
+        value = timm_flag['default']
+        if timm_flag['flags'] and timm_flag['kind'] == 'Store' and value not in (None, [], ''):
+            argv += [timm_flag['flags'][-1], *map(str, value if isinstance(value, list) else [value])]
+    argv[argv.index('--kd-temperature'):argv.index('--kd-temperature') + 2] = []
+    args = parse(tmp_path, *argv)
+    plain = parse(tmp_path)
+    plain.decay_epochs = 90.0
+    assert args == plain
+
+
+def test_plain_command_line_gives_timm_defaults(tmp_path):
+    args = vars(parse(tmp_path))
+    for timm_flag in TIMM_FLAGS:
+        expected = str(tmp_path) if timm_flag['dest'] == 'data' else timm_flag['default']
+        assert args[timm_flag['dest']] == OTHER_DEFAULTS.get(timm_flag['dest'], expected)
+
+
+def test_groups_of_timm_keep_their_titles():
+    for timm_flag in TIMM_FLAGS:
+        if timm_flag['group'] not in ('options', 'positional arguments'):
+            assert ACTIONS[timm_flag['dest']].container.title == timm_flag['group']
+
+
+def test_namespace_holds_no_config_key(tmp_path):
+    # timm's script keeps its config file apart from the arguments
+    assert 'config' not in vars(parse(tmp_path))
+
+
+def test_two_calls_share_no_mutable_default(tmp_path):
+    parse(tmp_path).model_kwargs['depth'] = 3
+    assert parse(tmp_path).model_kwargs == {}
+
+
+def test_text_is_the_namespace_as_yaml(tmp_path):
+    args, text = parse_args([str(tmp_path), '--opt-betas', '0.9', '0.99', '--model-kwargs', 'depth=3'])
+    assert yaml.safe_load(text) == vars(args)
+
+
+def test_keyword_arguments_are_literals_where_they_can_be(tmp_path):
+    args = parse(tmp_path, '--opt-kwargs', 'nesterov=False', '--model-kwargs', 'depth=3', 'act_layer=gelu')
+    assert args.opt_kwargs == {'nesterov': False}
+    assert args.model_kwargs == {'depth': 3, 'act_layer': 'gelu'}
+
+
+def test_keyword_arguments_action_is_a_timm_one():
+    assert all(isinstance(action, ParseKwargs) for dest, action in ACTIONS.items() if dest.endswith('_kwargs'))
+
+
+def test_version_names_the_project_and_timm(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(['--version'])
+    assert stop.value.code == 0
+    assert f'timm-kd {__version__} (timm 1.' in capsys.readouterr().out
+
+
+def test_help_shows_the_distillation_group_and_a_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(['--help'])
+    text = capsys.readouterr().out
+    assert '\nKnowledge distillation parameters:\n' in text
+    assert '(default: 128)' in text
+
+
+def test_data_sets_by_name_need_no_folder():
+    assert parse_args(['--dataset', 'hfds/cifar10'])[0].dataset == 'hfds/cifar10'
+
+
+@pytest.mark.parametrize('aa', ['v0', 'original', 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', '3a'])
+def test_policies_of_timm_are_accepted(tmp_path, aa):
+    assert parse(tmp_path, '--aa', aa).aa == aa
+
+
+@pytest.mark.parametrize('opt', ['momentum', 'lookahead_adamw', 'adahessian', 'lamb', 'muon'])
+def test_optimizers_of_timm_are_accepted(tmp_path, opt):
+    assert parse(tmp_path, '--opt', opt).opt == opt
+
+
+def test_wsd_takes_its_own_flags(tmp_path):
+    args = parse(tmp_path, '--sched', 'wsd', '--lr-decay-fn', 'cosine', '--decay-epochs', '0.1')
+    assert (args.lr_decay_fn, args.decay_epochs) == ('cosine', 0.1)
+
+
+def test_flags_of_later_timm_scripts(tmp_path):
+    args = parse(tmp_path, '--resume', 'auto', '--experiment', 'x', '--stop-epoch', '3', '--save-epochs', '1', '2')
+    assert (args.resume, args.stop_epoch, args.save_epochs) == ('auto', 3, [1, 2])
+
+
+def test_mixed_batches_of_odd_size_are_refused_as_timm_would_fail_on_them(refuse):
+    with pytest.raises(AssertionError, match='even'):
+        Mixup(mixup_alpha=0.8, num_classes=10)(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.long))
+    assert '--batch-size 3' in refuse('--mixup', '0.8', '-b', '3')
+
+
+REFUSED = [
+    # unknown and misspelt
+    (['--kd-lose', 'nkd'], ['--kd-lose', '--kd-loss']),
+    (['--opt', 'adamv'], ['--opt adamv', 'adam']),
+    (['--sched', 'cosin'], ['--sched cosin', 'cosine']),
+    (['--aa', 'rnd-m9'], ['--aa rnd-m9']),
+    (['--eval-metric', 'top-1'], ['--eval-metric top-1', 'top1']),
+    (['--interpolation', 'bicubik'], ['--interpolation bicubik', 'bicubic']),
+    (['--amp-dtype', 'fp16'], ['--amp-dtype fp16', 'float16']),
+    (['--opt-kwargs', 'caution'], ['--opt-kwargs', 'caution']),
+    (['--opt-kwargs', 'cautoin=True'], ['--opt-kwargs', 'cautoin']),
+    (['--opt-kwargs', 'lr=0.1'], ['--opt-kwargs lr=0.1', '--lr']),
+    # out of range
+    (['--batch-size', '0'], ['--batch-size 0']),
+    (['--epochs', '0'], ['--epochs 0']),
+    (['--log-interval', '0'], ['--log-interval 0']),
+    (['--lr', '-0.1'], ['--lr -0.1']),
+    (['--lr', 'nan'], ['--lr nan']),
+    (['--weight-decay', 'inf'], ['--weight-decay inf']),
+    (['--smoothing', '1.0'], ['--smoothing 1.0']),
+    (['--reprob', '25'], ['--reprob 25.0']),
+    (['--seed', '-1'], ['--seed -1']),
+    (['--opt', 'adamw', '--opt-betas', '0.9', '1.5'], ['--opt-betas', '1.5']),
+    (['--scale', '1.0', '0.08'], ['--scale 1.0 0.08']),
+    (['--cutmix-minmax', '0.5'], ['--cutmix-minmax 0.5']),
+    (['--sched', 'wsd', '--epochs', '10', '--decay-epochs', '20'], ['--sched wsd', 'decay_epochs']),
+    # not there
+    (['--resume', 'gone.pth.tar'], ['--resume gone.pth.tar']),
+    (['--initial-checkpoint', 'gone.pth'], ['--initial-checkpoint gone.pth']),
+    (['--pretrained-path', 'gone.pth'], ['--pretrained-path gone.pth']),
+    (['--class-map', 'gone.txt'], ['--class-map gone.txt']),
+    (['--config', 'gone.yaml'], ['--config gone.yaml']),
+    (['--resume', 'auto'], ['--resume auto', '--experiment']),
+    # clashes
+    (['--data-dir', '/'], ['--data-dir /']),
+    (['--aug-splits', '1'], ['--aug-splits 1']),
+    (['--jsd-loss'], ['--jsd-loss', '--aug-splits']),
+    (['--bce-loss', '--loss', 'ce'], ['--bce-loss', '--loss']),
+    (['--amp', '--model-dtype', 'bfloat16'], ['--model-dtype bfloat16', '--amp']),
+    (['--torchscript', '--torchcompile'], ['--torchscript', '--torchcompile']),
+    (['--lr-decay-fn', 'cosine'], ['--lr-decay-fn cosine', '--sched wsd']),
+    (['--sched', 'plateau', '--sched-on-updates'], ['--sched-on-updates']),
+    (['--train-batch-sizes', '8', '16'], ['--train-batch-sizes 8 16', '--train-img-sizes']),
+    (['--train-img-sizes', '32', '--train-size-probs', '0.5', '0.5'], ['--train-size-probs']),
+    (['--hub-private'], ['--hub-private', '--push-to-hub']),
+    (['--push-to-hub', 'https://huggingface.co/me/x'], ['--push-to-hub']),
+    # not this project's
+    (['--naflex-loader'], ['--naflex-loader', 'NaFlex']),
+    (['--naflex-max-seq-len', '256'], ['--naflex-max-seq-len 256', 'NaFlex']),
+    (['--task', 'multilabel'], ['--task multilabel', 'one class']),
+    (['--target-key', 'a,b'], ['--target-key a,b', 'multi-label']),
+    (['--loss', 'asl'], ['--loss asl', 'ce, bce, jsd']),
+    (['--kd-distill-type', 'feature'], ['--kd-distill-type feature']),
+    (['--kd-distill-type', 'token'], ['--kd-distill-type token']),
+    (['--kd-loss-type', 'mse'], ['--kd-loss-type mse']),
+    (['--kd-student-feature-dim', '64'], ['--kd-student-feature-dim 64']),
+    (['--kd-token-distill-type', 'hard'], ['--kd-token-distill-type hard']),
+]
+
+
+@pytest.mark.parametrize('argv, names', REFUSED, ids=[' '.join(argv) for argv, _ in REFUSED])
+def test_refused_with_a_line_that_names(refuse, argv, names):
+    error = refuse(*argv)
+    for name in names:
+        assert name in error
+
+
+def test_missing_data_set_is_refused(refuse):
+    assert 'no data set' in refuse(data=None)
+
+
+def test_missing_data_folder_is_refused(refuse):
+    assert '/nowhere/imagenet' in refuse(data='/nowhere/imagenet')

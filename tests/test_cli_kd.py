@@ -1,0 +1,144 @@
+"""The distillation flags: what they resolve to, and which of them do not go together."""
+import pytest
+
+from timm_kd.cli import parse_args, resolve_kd
+from timm_kd.losses import KD_LOSSES, create_kd_loss
+
+
+def parse(tmp_path, *argv):
+    return parse_args([str(tmp_path), *argv])[0]
+
+
+def test_nothing_named_is_plain_training(tmp_path):
+    assert resolve_kd(parse(tmp_path)) is None
+
+
+def test_teacher_alone_means_kd(tmp_path):
+    settings = resolve_kd(parse(tmp_path, '--teacher', 'resnet34'))
+    assert (settings.loss, settings.teacher, settings.teacher_dtype) == ('kd', 'resnet34', 'auto')
+
+
+def test_several_teachers_are_a_list(tmp_path):
+    args = parse(tmp_path, '--teacher', 'resnet34', '--teacher', 'resnet50')
+    assert args.teacher == ['resnet34', 'resnet50']
+    assert resolve_kd(args).teacher == ['resnet34', 'resnet50']
+
+
+@pytest.mark.parametrize('loss, weights', [
+    ('kd', (1.0, 1.0)), ('dkd', (1.0, 1.0)), ('nkd', (1.0, 1.0)), ('tfnkd', (1.0, 1.0)), ('tfkd', (0.9, 0.1)),
+])
+def test_weights_unset_are_those_of_the_loss(tmp_path, loss, weights):
+    teacher = ['--teacher', 'resnet34'] if KD_LOSSES[loss].needs_teacher else []
+    settings = resolve_kd(parse(tmp_path, '--kd-loss', loss, *teacher))
+    assert (settings.task_loss_weight, settings.distill_loss_weight) == weights
+
+
+@pytest.mark.parametrize('argv, weights', [
+    (['--distill-loss-weight', '3'], (1.0, 3.0)),
+    (['--task-loss-weight', '0.25'], (0.25, 0.75)),
+    (['--task-loss-weight', '0.25', '--distill-loss-weight', '3'], (0.25, 3.0)),
+])
+def test_weights_follow_timm_rule(tmp_path, argv, weights):
+    settings = resolve_kd(parse(tmp_path, '--kd-loss', 'tfkd', *argv))
+    assert (settings.task_loss_weight, settings.distill_loss_weight) == weights
+
+
+def test_only_given_parameters_are_handed_on(tmp_path):
+    settings = resolve_kd(parse(
+        tmp_path, '--kd-loss', 'dkd', '--teacher', 'resnet34', '--kd-beta', '2', '--kd-temperature', '1',
+        '--kd-logit-std', '--kd-warmup-epochs', '5'))
+    assert settings.loss_parameters == {'beta': 2.0, 'temperature': 1.0, 'logit_std': True}
+    assert settings.warmup_epochs == 5
+    loss = create_kd_loss(settings.loss, **settings.loss_parameters)
+    assert (loss.alpha, loss.beta, loss.temperature) == (1.0, 2.0, 1.0)
+
+
+def test_zero_is_a_value_of_a_parameter(tmp_path):
+    settings = resolve_kd(parse(tmp_path, '--kd-loss', 'nkd', '--teacher', 'resnet34', '--kd-gamma', '0'))
+    assert settings.loss_parameters == {'gamma': 0.0}
+
+
+@pytest.mark.parametrize('argv, dtype', [
+    ([], 'float32'), (['--amp'], 'amp'), (['--model-dtype', 'bfloat16'], 'bfloat16'),
+    (['--amp', '--teacher-dtype', 'float16'], 'float16'), (['--amp', '--teacher', 'resnet34'], 'auto'),
+])
+def test_kd_model_name_keeps_the_precision_of_timm_script(tmp_path, argv, dtype):
+    settings = resolve_kd(parse(tmp_path, '--kd-model-name', 'resnet34', *argv))
+    assert (settings.loss, settings.teacher, settings.teacher_dtype) == ('kd', 'resnet34', dtype)
+
+
+def test_kd_model_name_takes_another_loss(tmp_path):
+    settings = resolve_kd(parse(tmp_path, '--kd-model-name', 'resnet34', '--kd-loss', 'nkd'))
+    assert (settings.loss, settings.teacher) == ('nkd', 'resnet34')
+
+
+def test_teacher_free_kd_takes_a_teacher_or_none(tmp_path):
+    assert resolve_kd(parse(tmp_path, '--kd-loss', 'tfkd')).teacher is None
+    assert resolve_kd(parse(tmp_path, '--kd-loss', 'tfkd', '--teacher', 'resnet18')).teacher == 'resnet18'
+
+
+def test_teacher_cache_implies_replayable_data(tmp_path):
+    args = parse(tmp_path, '--teacher', 'resnet34', '--teacher-cache', str(tmp_path / 'logits'))
+    assert args.replayable_data
+
+
+def test_teacher_model_goes_with_a_file(tmp_path):
+    weights = tmp_path / 'teacher.pth'
+    weights.touch()
+    assert parse(tmp_path, '--teacher', str(weights), '--teacher-model', 'resnet34', '--teacher-ema').teacher_ema
+
+
+TEACHER = ['--teacher', 'resnet34']
+REFUSED = [
+    (['--kd-loss', 'kd'], ['--kd-loss kd', '--teacher']),
+    (['--kd-loss', 'dkd'], ['--kd-loss dkd', '--teacher']),
+    (['--kd-loss', 'nkd'], ['--kd-loss nkd', '--teacher', 'tfnkd']),
+    (['--kd-loss', 'tfnkd', *TEACHER], ['--teacher resnet34', '--kd-loss tfnkd']),
+    (['--kd-loss', 'tfnkd', '--kd-model-name', 'resnet34'], ['--kd-model-name resnet34', '--kd-loss tfnkd']),
+    (['--kd-loss', 'mse', *TEACHER], ['--kd-loss', 'mse', 'nkd']),
+    (['--kd-model-name', 'resnet50', *TEACHER], ['--kd-model-name resnet50', '--teacher resnet34']),
+    (['--kd-loss', 'nkd', *TEACHER, '--kd-beta', '2'], ['--kd-beta 2.0', 'nkd', '--kd-gamma']),
+    (['--kd-loss', 'tfnkd', '--kd-temperature', '4'], ['--kd-temperature 4.0', 'tfnkd']),
+    (['--kd-loss', 'tfkd', '--kd-logit-std'], ['--kd-logit-std', 'tfkd']),
+    (['--kd-loss', 'tfkd', *TEACHER, '--kd-correct-prob', '0.9'], ['--kd-correct-prob 0.9', '--teacher resnet34']),
+    (['--kd-loss', 'tfkd', '--kd-correct-prob', '1.5'], ['--kd-correct-prob 1.5']),
+    (['--kd-loss', 'tfkd', '--kd-correct-prob', '0'], ['--kd-correct-prob 0.0']),
+    ([*TEACHER, '--kd-temperature', '0'], ['--kd-temperature 0.0']),
+    ([*TEACHER, '--kd-temperature', '-1'], ['--kd-temperature -1.0']),
+    ([*TEACHER, '--distill-loss-weight', '-1'], ['--distill-loss-weight -1.0']),
+    ([*TEACHER, '--task-loss-weight', '2'], ['--task-loss-weight 2.0', '--distill-loss-weight']),
+    ([*TEACHER, '--task-loss-weight', '0', '--distill-loss-weight', '0'], ['--task-loss-weight 0']),
+    ([*TEACHER, '--kd-warmup-epochs', '-1'], ['--kd-warmup-epochs -1']),
+    ([*TEACHER, '--aug-splits', '2'], ['--aug-splits 2']),
+    ([*TEACHER, '--aug-splits', '2', '--jsd-loss'], ['--jsd-loss']),
+    ([*TEACHER, '--num-classes', '1'], ['--num-classes 1']),
+    # nothing to act on
+    (['--kd-alpha', '2'], ['--kd-alpha 2.0', '--teacher']),
+    (['--kd-temperature', '4'], ['--kd-temperature 4.0', '--teacher']),
+    (['--distill-loss-weight', '1'], ['--distill-loss-weight 1.0']),
+    (['--teacher-model', 'resnet34'], ['--teacher-model resnet34', '--teacher SPEC']),
+    (['--no-teacher-eval'], ['--no-teacher-eval']),
+    (['--kd-loss', 'tfnkd', '--teacher-dtype', 'float32'], ['--teacher-dtype float32', '--teacher SPEC']),
+    (['--kd-loss', 'tfnkd', '--teacher-cache', 'logits'], ['--teacher-cache logits', '--teacher SPEC']),
+    ([*TEACHER, '--teacher-model', 'resnet34'], ['--teacher-model resnet34', '--teacher resnet34']),
+    ([*TEACHER, '--teacher-ema'], ['--teacher-ema', '--teacher resnet34']),
+    ([*TEACHER, '--teacher-dtype', 'amp'], ['--teacher-dtype amp', '--amp']),
+    ([*TEACHER, '--teacher-class-map-missing', 'mask'], ['--teacher-class-map-missing mask', '--teacher-class-map']),
+    ([*TEACHER, '--teacher-cache-epochs', '3'], ['--teacher-cache-epochs 3', '--teacher-cache DIR']),
+    # stored logits
+    ([*TEACHER, '--teacher-cache', 'x', '--train-img-sizes', '32', '64'], ['--teacher-cache x', '--train-img-sizes']),
+    ([*TEACHER, '--teacher-cache', 'x', '--aug-repeats', '3'], ['--teacher-cache x', '--aug-repeats']),
+    ([*TEACHER, '--teacher-cache', 'x', '--dataset', 'wds/imagenet'], ['--teacher-cache x', 'wds/imagenet']),
+    ([*TEACHER, '--teacher-cache', 'x', '--teacher-cache-topk', '0'], ['--teacher-cache-topk 0']),
+]
+
+
+@pytest.mark.parametrize('argv, names', REFUSED, ids=[' '.join(argv) for argv, _ in REFUSED])
+def test_refused_with_a_line_that_names(tmp_path, capsys, argv, names):
+    with pytest.raises(SystemExit) as stop:
+        parse(tmp_path, *argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith('train-kd: error: ') and error.count('\n') == 1
+    for name in names:
+        assert name in error

@@ -1,0 +1,230 @@
+"""The recipes: each loads, and gives the optimizer, schedule and loss that its paper states."""
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from timm_kd.cli import parse_args, resolve_kd
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / 'hparams').glob('*_*.yaml') if 'demo' not in path.stem)
+TIMM_DESTS = {flag['dest'] for flag in json.loads((ROOT / 'tests/data/timm_train_flags.json').read_text())}
+CNNS = [name for name in RECIPES if not name.startswith('swin')]
+SWINS = [name for name in RECIPES if name.startswith('swin')]
+
+# Global batch, learning rate, epochs and drops of each paper or official code.
+NKD_SETTING = (256, 0.1, 100, (30, 60, 90))
+MDISTILLER_SETTING = (512, 0.2, 100, (30, 60, 90))
+TFKD_SETTING = (512, 0.2, 90, (30, 60, 80))
+CNN_SETTINGS = {
+    'resnet18_baseline': NKD_SETTING,
+    'resnet18_r34_nkd': NKD_SETTING,
+    'resnet18_tfnkd': NKD_SETTING,
+    'resnet18_r34_kd': MDISTILLER_SETTING,
+    'resnet18_r34_dkd': MDISTILLER_SETTING,
+    'resnet18_tfkd': TFKD_SETTING,
+    'mobilenetv1_baseline': NKD_SETTING,
+    'mobilenetv1_r50_nkd': NKD_SETTING,
+    'mobilenetv1_tfnkd': NKD_SETTING,
+    'mobilenetv1_r50_kd': MDISTILLER_SETTING,
+    'mobilenetv1_r50_dkd': MDISTILLER_SETTING,
+}
+
+# Loss, its parameters, teacher, weights of task and distillation loss, warm-up of the latter.
+LOSSES = {
+    'resnet18_baseline': None,
+    'resnet18_r34_nkd': ('nkd', {'temperature': 1, 'gamma': 1.5}, 'resnet34.tv_in1k', 1, 1, 0),
+    'resnet18_tfnkd': ('tfnkd', {}, None, 1, 1, 0),
+    'resnet18_r34_kd': ('kd', {'temperature': 1}, 'resnet34.tv_in1k', 0.5, 0.5, 0),
+    'resnet18_r34_dkd': ('dkd', {'temperature': 1, 'alpha': 1, 'beta': 0.5}, 'resnet34.tv_in1k', 1, 1, 1),
+    'resnet18_tfkd': ('tfkd', {'temperature': 20, 'correct_prob': 0.99}, None, 0.9, 0.1, 0),
+    'mobilenetv1_baseline': None,
+    'mobilenetv1_r50_nkd': ('nkd', {'temperature': 1, 'gamma': 1.5}, 'resnet50.tv_in1k', 1, 1, 0),
+    'mobilenetv1_tfnkd': ('tfnkd', {}, None, 1, 1, 0),
+    'mobilenetv1_r50_kd': ('kd', {'temperature': 1}, 'resnet50.tv_in1k', 0.5, 0.5, 0),
+    'mobilenetv1_r50_dkd': ('dkd', {'temperature': 1, 'alpha': 1, 'beta': 2}, 'resnet50.tv_in1k', 1, 1, 1),
+    'swin_tiny_baseline': None,
+    'swin_tiny_tfnkd': ('tfnkd', {}, None, 1, 1, 0),
+}
+
+# Published top-1 on ImageNet-1k; None where there is none to be had.
+PUBLISHED = {
+    'resnet18_baseline': '69.90', 'resnet18_r34_nkd': '71.96', 'resnet18_tfnkd': '70.76', 'resnet18_r34_kd': '71.03',
+    'resnet18_r34_dkd': '71.70', 'resnet18_tfkd': None, 'mobilenetv1_baseline': '69.21', 'mobilenetv1_r50_nkd': '72.58',
+    'mobilenetv1_tfnkd': '70.04', 'mobilenetv1_r50_kd': '70.50', 'mobilenetv1_r50_dkd': '72.05',
+    'swin_tiny_baseline': '81.18', 'swin_tiny_tfnkd': '81.48',
+}
+
+
+def path_of(name):
+    return ROOT / 'hparams' / f'{name}.yaml'
+
+
+@pytest.fixture
+def parse(tmp_path):
+    return lambda name: parse_args([str(tmp_path), '--config', str(path_of(name))])[0]
+
+
+def header_of(name) -> dict[str, str]:
+    lines = re.match(r'(#.*\n)+', path_of(name).read_text()).group().replace('\n#  ', '')
+    return dict(re.findall(r'^# ([A-Z][^:\n]*): (.*)$', lines, re.MULTILINE))
+
+
+def create_meta_model(args):
+    """The student without memory for its weights."""
+    return timm.create_model(args.model, num_classes=args.num_classes, device='meta')
+
+
+def create_optimizer(args, model):
+    """As timm's script does it."""
+    return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+
+
+def lr_of_epochs(args, updates_per_epoch=10):
+    """The learning rate at the first update of each epoch, in the way timm's script steps its schedulers."""
+    parameter = torch.nn.Linear(2, 2)
+    scheduler, num_epochs = create_scheduler_v2(
+        create_optimizer(args, parameter), **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    rates = []
+    for epoch in range(num_epochs):
+        rates.append(scheduler.optimizer.param_groups[0]['lr'])
+        for update in range(1, updates_per_epoch + 1):
+            scheduler.step_update(epoch * updates_per_epoch + update)
+        scheduler.step(epoch + 1)
+    return rates
+
+
+def test_there_is_one_recipe_for_each_published_result():
+    assert RECIPES == sorted(LOSSES)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_all_keys_are_flags(parse, name, caplog):
+    with caplog.at_level(logging.WARNING):
+        parse(name)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_only_distillation_keys_are_unknown_to_timm(name):
+    keys = set(yaml.safe_load(path_of(name).read_text()))
+    assert keys - TIMM_DESTS <= {'kd_loss', 'teacher', 'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_correct_prob',
+                                 'kd_warmup_epochs'}
+    assert 'kd_model_name' not in keys
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_loss_is_that_of_the_paper(parse, name):
+    settings = resolve_kd(parse(name))
+    if LOSSES[name] is None:
+        assert settings is None
+    else:
+        assert LOSSES[name] == (
+            settings.loss, settings.loss_parameters, settings.teacher, settings.task_loss_weight,
+            settings.distill_loss_weight, settings.warmup_epochs)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_teacher_is_named_with_the_tag_of_its_weights(parse, name):
+    teacher = parse(name).teacher
+    assert teacher is None or timm.get_pretrained_cfg(teacher).tag == 'tv_in1k'
+
+
+@pytest.mark.parametrize('name', CNNS)
+def test_learning_rate_drops_after_the_epochs_of_the_paper(parse, name):
+    _, base, epochs, drops = CNN_SETTINGS[name]
+    expected = [base * 0.1 ** sum(epoch >= drop for drop in drops) for epoch in range(epochs)]
+    assert lr_of_epochs(parse(name)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize('name', SWINS)
+def test_learning_rate_warms_up_and_follows_the_cosine(parse, name):
+    expected = [1e-6 + (1e-3 - 1e-6) * epoch / 20 for epoch in range(20)]
+    expected += [1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * epoch / 300)) for epoch in range(20, 300)]
+    assert lr_of_epochs(parse(name)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize('name', CNNS)
+def test_plain_sgd_decays_all_parameters(parse, name):
+    args = parse(name)
+    model = create_meta_model(args)
+    optimizer = create_optimizer(args, model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    group, = optimizer.param_groups
+    assert len(group['params']) == len(list(model.parameters()))
+    assert (group['weight_decay'], group['momentum'], group['nesterov']) == (1e-4, 0.9, False)
+    assert args.batch_size == CNN_SETTINGS[name][0]
+
+
+@pytest.mark.parametrize('name', SWINS)
+def test_swin_decays_matrices_alone(parse, name):
+    args = parse(name)
+    model = create_meta_model(args)
+    optimizer = create_optimizer(args, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    for parameter_name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and 'relative_position_bias_table' not in parameter_name
+        assert decay[id(parameter)] == (0.05 if matrix else 0.0)
+    assert args.batch_size == 1024
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_images_are_prepared_as_in_the_paper(parse, name):
+    args = parse(name)
+    config = resolve_data_config(vars(args), model=create_meta_model(args))
+    filters = 'bicubic' if name in SWINS else 'bilinear'
+    assert config['input_size'] == (3, 224, 224)
+    assert config['mean'] == (0.485, 0.456, 0.406)
+    assert config['std'] == (0.229, 0.224, 0.225)
+    assert config['crop_pct'] == 0.875
+    assert config['interpolation'] == args.train_interpolation == filters
+
+
+@pytest.mark.parametrize('name', CNNS)
+def test_small_networks_see_crops_and_flips_alone(parse, name):
+    args = parse(name)
+    assert (args.scale, args.ratio, args.hflip, args.vflip) == ([0.08, 1.0], [3 / 4, 4 / 3], 0.5, 0.0)
+    assert args.aa is None
+    assert not any((args.color_jitter, args.reprob, args.mixup, args.cutmix, args.smoothing, args.drop_path, args.drop))
+
+
+@pytest.mark.parametrize('name', SWINS)
+def test_swin_sees_the_augmentation_of_its_paper(parse, name):
+    args = parse(name)
+    assert (args.aa, args.reprob, args.remode) == ('rand-m9-mstd0.5-inc1', 0.25, 'pixel')
+    assert (args.mixup, args.cutmix, args.mixup_prob, args.smoothing, args.drop_path) == (0.8, 1.0, 1.0, 0.1, 0.2)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_gradients_are_clipped_where_the_paper_does(parse, name):
+    clipped = name in (*SWINS, 'mobilenetv1_r50_nkd')
+    assert parse(name).clip_grad == (5.0 if clipped else None)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_header_states_the_published_figure_as_published(name):
+    published = header_of(name)['Published top-1 on ImageNet-1k']
+    if PUBLISHED[name] is None:
+        assert published.startswith('none available')
+    else:
+        assert published.startswith(PUBLISHED[name]) and 'no run of this project' in published
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_header_states_paper_setting_batch_command_and_difference(parse, name):
+    header = header_of(name)
+    assert re.search(r'arXiv \d{4}\.\d{5}', header['Paper'])
+    assert header['Setting'].startswith(f'{parse(name).batch_size} images a batch')
+    assert header['Global batch size'].startswith(str(parse(name).batch_size))
+    assert header['Command'] == f'python train_kd.py /data/imagenet -c hparams/{name}.yaml'
+    assert header['Still differs']
