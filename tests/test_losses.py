@@ -1,0 +1,229 @@
+"""The losses against the papers' official figures, their registry, and what they refuse."""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_kd.losses import KD_LOSSES, create_kd_loss
+
+OFFICIAL = np.load(Path(__file__).parent / 'data' / 'official_losses.npz')
+CASES = [key.removesuffix('/loss') for key in OFFICIAL if key.endswith('/loss')]
+LETTERS = {'dkd': {'T': 'temperature', 'a': 'alpha', 'b': 'beta'}, 'nkd': {'T': 'temperature', 'g': 'gamma'}}
+
+
+def evaluate(kd_loss, student, teacher, target, smoothing=0.0):
+    """The loss's dict, and the gradient of `kd_loss`."""
+    student = student.detach().requires_grad_()
+    result = kd_loss(student, teacher, target, smoothing)
+    result['kd_loss'].backward()
+    return result, student.grad
+
+
+def official_total(case, dtype, plain):
+    """What the official code returned for a case, by our losses: value and gradient."""
+    group, name = case.split('/')
+    kind = name.split('_')[0]
+    student, teacher, soft = (torch.from_numpy(OFFICIAL[f'{group}/{key}']).to(dtype)
+                              for key in ('student', 'teacher', 'soft'))
+    target = torch.from_numpy(OFFICIAL[f'{group}/target'])
+    numbers = {letter: float(value) for letter, value in re.findall(r'_([aTbgm])([\d.]+)', name)}
+    letters = LETTERS.get(kind, {'T': 'temperature'})
+    params = {letters[letter]: value for letter, value in numbers.items() if letter in letters}
+    kd_loss = create_kd_loss(kind, **params)
+    kd_loss.double_backward = plain
+    without_teacher = kind == 'tfnkd' or 'reg' in name
+    mixed = 'soft' in name or 'pair' in name
+    result, gradient = evaluate(kd_loss, student, None if without_teacher else teacher, soft if mixed else target)
+    value = result['kd_loss'].item()
+    if kind != 'tfkd':
+        return value, gradient
+    # The official total: (1 - alpha) CE + alpha m KL, the KL a mean over all B * C elements.
+    student.requires_grad_()
+    cross_entropy = F.cross_entropy(student, target)
+    cross_entropy.backward()
+    weight = numbers['a'] * numbers['m'] / student.shape[1]
+    return (
+        (1 - numbers['a']) * cross_entropy.item() + weight * value,
+        (1 - numbers['a']) * student.grad + weight * gradient,
+    )
+
+
+@pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
+@pytest.mark.parametrize('case', CASES)
+def test_official_figures_hold_in_float64(case, plain):
+    value, gradient = official_total(case, torch.float64, plain)
+    expected = torch.from_numpy(OFFICIAL[f'{case}/grad']).double()
+    assert value == pytest.approx(float(OFFICIAL[f'{case}/loss']), rel=1e-7 if 'soft' in case else 1e-9)
+    assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
+@pytest.mark.parametrize('case', CASES)
+def test_official_figures_hold_in_float32(case, plain):
+    value, gradient = official_total(case, torch.float32, plain)
+    expected = torch.from_numpy(OFFICIAL[f'{case}/grad'])
+    assert value == pytest.approx(float(OFFICIAL[f'{case}/loss']), rel=3e-5)
+    assert (gradient - expected).norm() <= 3e-5 * expected.norm()
+
+
+@pytest.fixture
+def batch():
+    """Student and teacher logits and hard targets, `[6, 5]`, float64."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (2 * torch.randn(6, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    return student, teacher, torch.randint(5, (6,), generator=generator)
+
+
+def test_registry_has_the_command_line_names_in_order():
+    assert list(KD_LOSSES) == ['kd', 'dkd', 'nkd', 'tfnkd', 'tfkd']
+
+
+@pytest.mark.parametrize(('name', 'parameters', 'weights'), [
+    ('kd', {'temperature': 4.0, 'logit_std': False}, (1.0, 1.0)),
+    ('dkd', {'temperature': 4.0, 'alpha': 1.0, 'beta': 8.0, 'logit_std': False}, (1.0, 1.0)),
+    ('nkd', {'temperature': 1.0, 'gamma': 1.5, 'logit_std': False}, (1.0, 1.0)),
+    ('tfnkd', {}, (1.0, 1.0)),
+    ('tfkd', {'temperature': 20.0, 'correct_prob': 0.99}, (0.9, 0.1)),
+])
+def test_defaults_are_those_of_the_papers(name, parameters, weights):
+    loss_class = KD_LOSSES[name]
+    assert loss_class.hyper_parameters() == parameters
+    assert (loss_class.default_task_weight, loss_class.default_distill_weight) == weights
+
+
+@pytest.mark.parametrize(('name', 'needs', 'accepts'), [
+    ('kd', True, True), ('dkd', True, True), ('nkd', True, True), ('tfnkd', False, False), ('tfkd', False, True),
+])
+def test_losses_say_whether_they_take_a_teacher(name, needs, accepts):
+    assert (KD_LOSSES[name].needs_teacher, KD_LOSSES[name].accepts_teacher) == (needs, accepts)
+
+
+@pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_components_are_the_announced_ones_and_detached(batch, name, plain):
+    student, teacher, target = batch
+    kd_loss = create_kd_loss(name)
+    kd_loss.double_backward = plain
+    result = kd_loss(student.requires_grad_(), teacher if kd_loss.accepts_teacher else None, target)
+    assert tuple(key for key in result if key != 'kd_loss') == kd_loss.component_names
+    assert [key for key in result if result[key].requires_grad] == ['kd_loss']
+    assert all(value.shape == () for value in result.values())
+
+
+@pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
+def test_components_of_dkd_add_up_by_alpha_and_beta(batch, plain):
+    kd_loss = create_kd_loss('dkd', alpha=0.7, beta=3.0)
+    kd_loss.double_backward = plain
+    result, _ = evaluate(kd_loss, *batch)
+    assert result['kd_loss'].item() == pytest.approx(0.7 * result['tckd'].item() + 3.0 * result['nckd'].item())
+
+
+@pytest.mark.parametrize('temperature', [1.0, 3.0])
+@pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
+def test_components_of_nkd_add_up_by_gamma(batch, plain, temperature):
+    kd_loss = create_kd_loss('nkd', gamma=2.5, temperature=temperature)
+    kd_loss.double_backward = plain
+    result, _ = evaluate(kd_loss, *batch)
+    assert result['kd_loss'].item() == pytest.approx(result['soft'].item() + 2.5 * result['distributed'].item())
+
+
+def test_kd_is_torchs_kl_divergence_of_softened_logits(batch):
+    student, teacher, target = batch
+    expected = 9 * F.kl_div(
+        F.log_softmax(student / 3, dim=1), F.log_softmax(teacher / 3, dim=1), log_target=True, reduction='batchmean',
+    )
+    result, _ = evaluate(create_kd_loss('kd', temperature=3.0), student, teacher, target)
+    assert result['kd_loss'].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_tfkd_with_a_teacher_is_kd(batch):
+    own, own_gradient = evaluate(create_kd_loss('tfkd', temperature=6.0), *batch)
+    kd, kd_gradient = evaluate(create_kd_loss('kd', temperature=6.0), *batch)
+    assert own['kd_loss'] == kd['kd_loss']
+    assert torch.equal(own_gradient, kd_gradient)
+
+
+def test_virtual_teacher_under_mixup_mixes_the_two_label_distributions(batch):
+    student, _, target = batch
+    other = (target + 1) % 5
+    lam, a, temperature = 0.7, 0.9, 2.0
+    virtual = torch.full((6, 5), (1 - a) / 4, dtype=torch.float64)
+    virtual_a, virtual_b = virtual.scatter(1, target[:, None], a), virtual.scatter(1, other[:, None], a)
+    expected = F.kl_div(
+        student.log_softmax(1), ((lam * virtual_a + (1 - lam) * virtual_b) / temperature).softmax(1),
+        reduction='batchmean',
+    )
+    mixed = lam * F.one_hot(target, 5).double() + (1 - lam) * F.one_hot(other, 5).double()
+    result, _ = evaluate(create_kd_loss('tfkd', correct_prob=a, temperature=temperature), student, None, mixed)
+    assert result['kd_loss'].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_mean_of_tfnkd_leaves_out_rows_without_a_second_label(batch):
+    student, _, target = batch
+    mixed = F.one_hot(target, 5).double()
+    mixed[:2] = 0.6 * mixed[:2] + 0.4 * F.one_hot((target[:2] + 2) % 5, 5)
+    log_p = student.log_softmax(1)
+    p_a, p_b = (log_p.exp().gather(1, label[:, None])[:, 0] for label in (target, (target + 2) % 5))
+    lam = torch.tensor([0.6, 0.6, 1, 1, 1, 1], dtype=torch.float64)
+    expected = -((p_a + lam - p_a.mean()) * p_a.log()).mean()
+    expected = expected - ((p_b + 0.4 - p_b[:2].mean()) * p_b.log())[:2].sum() / 6
+    result, _ = evaluate(create_kd_loss('tfnkd'), student, None, mixed)
+    assert result['kd_loss'].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_nkd_takes_the_heavier_label_as_target(batch):
+    student, teacher, target = batch
+    mixed = 0.6 * F.one_hot(target, 5).double() + 0.4 * F.one_hot((target + 2) % 5, 5)
+    ours, gradient = evaluate(create_kd_loss('nkd'), student, teacher, mixed)
+    hard, hard_gradient = evaluate(create_kd_loss('nkd'), student, teacher, target)
+    assert ours['kd_loss'] == hard['kd_loss']
+    assert torch.equal(gradient, hard_gradient)
+
+
+def test_no_teacher_gradient_is_computed(batch):
+    student, teacher, target = batch
+    teacher.requires_grad_()
+    evaluate(create_kd_loss('dkd'), student, teacher, target)
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize(('name', 'params', 'message'), [
+    ('crd', {}, "unknown distillation loss 'crd': known are kd, dkd, nkd, tfnkd, tfkd"),
+    ('nkd', {'alpha': 1.0}, "nkd has no parameter 'alpha': it has temperature, gamma, logit_std"),
+    ('tfnkd', {'temperature': 1.0}, "tfnkd has no parameter 'temperature': it has none"),
+    ('kd', {'temperature': 0.0}, 'temperature must be a positive number, got 0.0'),
+    ('tfkd', {'temperature': -1.0}, 'temperature must be a positive number, got -1.0'),
+    ('kd', {'temperature': float('nan')}, 'temperature must be a positive number, got nan'),
+    ('dkd', {'beta': -1.0}, 'beta must be a number >= 0, got -1.0'),
+    ('nkd', {'gamma': float('inf')}, 'gamma must be a number >= 0, got inf'),
+    ('tfkd', {'correct_prob': 1.5}, r'correct_prob must be in \(0, 1\], got 1.5'),
+])
+def test_creation_refuses_what_does_not_exist_or_is_out_of_range(name, params, message):
+    with pytest.raises(ValueError, match=message):
+        create_kd_loss(name, **params)
+
+
+def logits(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(('name', 'arguments', 'message'), [
+    ('kd', (logits(2, 3), None, torch.tensor([0, 1])), 'KDLoss needs teacher logits, got None'),
+    ('tfnkd', (logits(2, 3), logits(2, 3), torch.tensor([0, 1])), 'TFNKDLoss has no teacher'),
+    ('kd', (logits(2, 3), logits(2, 4), torch.tensor([0, 1])), r'\[2, 3\] as the student\'s, got \[2, 4\]'),
+    ('kd', (logits(2), logits(2), torch.tensor([0, 1])), r'student logits must be floating point \[B, C\], got \[2\]'),
+    ('tfnkd', (logits(2, 1), None, torch.tensor([0, 0])), 'needs at least 2 classes, the student logits have 1'),
+    ('tfnkd', (logits(2, 3), None, torch.tensor([0, 3])), r'class 3, outside \[0, 3\)'),
+    ('tfnkd', (logits(2, 3), None, torch.tensor([0, -100])), r'class -100, outside \[0, 3\)'),
+    ('tfnkd', (logits(2, 3), None, torch.tensor([0, 1, 2])), r'target must be \[2\] class indices'),
+    ('tfnkd', (logits(2, 3), None, logits(2)), r'target must be \[2\] class indices'),
+    ('tfnkd', (logits(2, 3), None, logits(2, 4)), r'target must be \[2\] class indices'),
+    ('tfnkd', (logits(2, 3), None, torch.tensor([0, 1]), 1.0), r'smoothing must be in \[0, 1\), got 1.0'),
+    ('tfnkd', (logits(2, 3), None, torch.full((2, 3), 1 / 3)), 'not a mix of at most two classes'),
+])
+def test_forward_refuses_what_does_not_fit(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_kd_loss(name)(*arguments)

@@ -1,0 +1,181 @@
+"""The losses as citizens of torch: memory, passes over memory, torch.compile, torch.func."""
+import pytest
+import torch
+from timm.data.mixup import mixup_target
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from timm_kd.losses import KD_LOSSES, create_kd_loss
+
+DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+
+
+def make_batch(batch_size=4, num_classes=5, dtype=torch.float64, device='cpu'):
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (
+        torch.randn(batch_size, num_classes, dtype=dtype, generator=generator).to(device) for _ in range(2))
+    return student, teacher, torch.randint(num_classes, (batch_size,), generator=generator).to(device)
+
+
+def make_loss(name, teacher, **params):
+    """A function of student logits and target."""
+    kd_loss = create_kd_loss(name, **params)
+    teacher = teacher if kd_loss.needs_teacher else None
+    return lambda student, target, smoothing=0.0: kd_loss(student, teacher, target, smoothing)['kd_loss']
+
+
+def peak_bytes(run, device):
+    """The most that `run` holds at any moment beyond what was there before."""
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('name', 'params', 'tensors'), [
+    ('kd', {}, 3), ('dkd', {}, 3), ('nkd', {}, 3), ('nkd', {'temperature': 3.0}, 3), ('tfnkd', {}, 2), ('tfkd', {}, 2),
+])
+def test_forward_and_backward_hold_few_logit_sized_tensors(name, params, tensors, device):
+    student, teacher, target = make_batch(64, 5000, torch.float32, device)
+    student.requires_grad_()
+    loss = make_loss(name, teacher, **params)
+    peak = peak_bytes(lambda: loss(student, target).backward(), device)
+    # Row quantities come on top: at 5000 classes they are a few thousandths of the logits.
+    assert peak <= (tensors + 0.05) * student.nbytes
+    assert peak >= student.nbytes
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_graph_keeps_one_logit_sized_tensor(name, device):
+    student, teacher, target = make_batch(64, 5000, torch.float32, device)
+    loss = make_loss(name, teacher)(student.requires_grad_(), target)
+    saved = [tensor for tensor in loss.grad_fn.saved_tensors if tensor.numel() >= student.numel()]
+    assert len(saved) == 1
+
+
+class Dispatches(TorchDispatchMode):
+    """Counts the kernels that read or write a tensor of the given size."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.passes = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        indexing = func.overloadpacket.__name__ in ('gather', 'scatter_', 'scatter_add_')
+        if not func.is_view and not indexing and any(tensor.numel() == self.numel for tensor in tensors):
+            self.passes += 1
+        return result
+
+
+@pytest.mark.parametrize(('name', 'passes'), [('kd', 14), ('dkd', 16), ('nkd', 15), ('tfnkd', 4), ('tfkd', 5)])
+def test_forward_and_backward_pass_over_the_logits_few_times(name, passes):
+    student, teacher, target = make_batch(16, 40)
+    loss = make_loss(name, teacher)
+    student.requires_grad_()
+    with Dispatches(student.numel()) as counter:
+        loss(student, target).backward()
+    assert counter.passes <= passes
+
+
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_no_value_is_read_back_in_forward_on_a_gpu(name):
+    """A fake CUDA tensor has no values: reading one back, which is a host sync, is an error."""
+    with FakeTensorMode():
+        student, teacher = (torch.empty(4, 5, device='cuda') for _ in range(2))
+        hard, dense = torch.empty(4, dtype=torch.int64, device='cuda'), torch.empty(4, 5, device='cuda')
+        with pytest.raises(DataDependentOutputException):
+            hard.max().item()
+        for target in (hard, dense):
+            make_loss(name, teacher)(student.requires_grad_(), target)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_no_host_sync_on_a_gpu(name):
+    student, teacher, target = make_batch(device='cuda', dtype=torch.float32)
+    loss = make_loss(name, teacher)
+    loss(student.requires_grad_(), target).backward()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for either in (target, torch.nn.functional.one_hot(target, 5).float()):
+            loss(student, either).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_compiles_without_graph_breaks(name):
+    student, teacher, target = make_batch(dtype=torch.float32)
+    loss = make_loss(name, teacher)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
+    for either, smoothing in ((target, 0.0), (mixup_target(target, 5, 0.7, 0.1), 0.1)):
+        ours, theirs = (student.clone().requires_grad_() for _ in range(2))
+        loss(ours, either, smoothing).backward()
+        compiled(theirs, either, smoothing).backward()
+        torch.testing.assert_close(theirs.grad, ours.grad)
+
+
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_func_grad_of_a_functional_call_is_autograds(name):
+    _, teacher, target = make_batch()
+    loss = make_loss(name, teacher)
+    torch.manual_seed(0)
+    model, images = torch.nn.Linear(3, 5).double(), torch.randn(4, 3, dtype=torch.float64)
+    loss(model(images), target).backward()
+    gradients = grad(lambda params: loss(functional_call(model, params, (images,)), target))(
+        {key: value.detach() for key, value in model.named_parameters()})
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(gradients[key], value.grad)
+
+
+@pytest.mark.parametrize('name', ['kd', 'dkd', 'nkd', 'tfkd'])
+def test_func_vmap_gives_the_gradient_of_each_sample(name):
+    student, teacher, target = make_batch()
+    loss = make_loss(name, teacher)
+    whole = grad(loss)(student, target)
+
+    def of_one(row, teacher_row, label):
+        return make_loss(name, teacher_row[None])(row[None], label[None])
+
+    torch.testing.assert_close(vmap(grad(of_one))(student, teacher, target) / 4, whole)
+
+
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_func_forward_mode_and_hessian_work(name):
+    student, teacher, target = make_batch()
+    loss = make_loss(name, teacher)
+    direction = torch.ones_like(student).cumsum(1)
+    gradient = grad(loss)(student, target)
+    _, along = jvp(lambda logits: loss(logits, target), (student,), (direction,))
+    torch.testing.assert_close(along, (gradient * direction).sum())
+    curvature = hessian(loss)(student, target).reshape(20, 20)
+    step = 1e-5 * direction
+    change = (grad(loss)(student + step, target) - grad(loss)(student - step, target)) / 2e-5
+    if name != 'tfnkd':  # its weights are detached: the Hessian is that at fixed weights
+        torch.testing.assert_close(curvature @ direction.flatten(), change.flatten(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', KD_LOSSES)
+def test_without_gradient_nothing_is_computed_for_it(name):
+    student, teacher, target = make_batch()
+    loss = make_loss(name, teacher)
+    with torch.no_grad():
+        value = loss(student.requires_grad_(), target)
+    assert value.grad_fn is None
+    torch.testing.assert_close(value, loss(student, target).detach())
