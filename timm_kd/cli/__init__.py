@@ -7,15 +7,15 @@ import timm
 import torch
 import yaml
 
-from timm_kd.cli.checks import check_args
-from timm_kd.cli.config import load_config
-from timm_kd.cli.kd_flags import KD_FLAGS
-from timm_kd.cli.kd_settings import LOSS_PARAMETERS, KDSettings, named_teacher, resolve_kd
-from timm_kd.cli.parser import Parser
-from timm_kd.cli.timm_flags import DATA, TIMM_FLAGS
-from timm_kd.errors import UsageError
-from timm_kd.losses import KD_LOSSES
-from timm_kd.version import __version__
+from ..errors import UsageError
+from ..losses import KD_LOSSES
+from ..version import __version__
+from .checks import check_args
+from .config import load_config
+from .kd_flags import KD_FLAGS
+from .kd_settings import LOSS_PARAMETERS, KDSettings, named_teacher, resolve_kd
+from .parser import Parser
+from .timm_flags import DATA, TIMM_FLAGS
 
 _logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from timm.data import create_transform
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_kd.cli.kd_checks import check_kd
-from timm_kd.cli.messages import as_given, nearest
-from timm_kd.errors import UsageError
+from ..errors import UsageError
+from .kd_checks import check_kd
+from .messages import as_given, nearest
 
 _POSITIVE = (
     'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'stop_epoch', 'log_interval', 'val_interval',

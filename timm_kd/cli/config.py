@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from timm_kd.cli.messages import nearest
-from timm_kd.cli.parser import ParseKwargs, Parser
-from timm_kd.errors import UsageError
+from ..errors import UsageError
+from .messages import nearest
+from .parser import ParseKwargs, Parser
 
 _logger = logging.getLogger(__name__)
 

@@ -3,10 +3,10 @@ import argparse
 import os
 from typing import Any
 
-from timm_kd.cli.kd_settings import LOSS_PARAMETERS, KDSettings, resolve_kd
-from timm_kd.cli.messages import as_given
-from timm_kd.errors import UsageError
-from timm_kd.losses import KD_LOSSES
+from ..errors import UsageError
+from ..losses import KD_LOSSES
+from .kd_settings import LOSS_PARAMETERS, KDSettings, resolve_kd
+from .messages import as_given
 
 _KD_ONLY = (*LOSS_PARAMETERS, 'task_loss_weight', 'distill_loss_weight', 'kd_warmup_epochs')
 

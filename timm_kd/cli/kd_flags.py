@@ -1,6 +1,6 @@
 """The flags of knowledge distillation, timm's own among them, and what else this script adds to timm's."""
-from timm_kd.cli.parser import Flag, flag, kwargs_flag, switch
-from timm_kd.losses import KD_LOSSES
+from ..losses import KD_LOSSES
+from .parser import Flag, flag, kwargs_flag, switch
 
 KD_FLAGS: dict[str, list[Flag]] = {
     'Knowledge distillation parameters': [

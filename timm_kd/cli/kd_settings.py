@@ -2,7 +2,7 @@
 import argparse
 from dataclasses import dataclass
 
-from timm_kd.losses import KD_LOSSES
+from ..losses import KD_LOSSES
 
 # The dests of the flags that set a parameter of a loss, and the parameter.
 LOSS_PARAMETERS = {

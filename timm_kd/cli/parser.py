@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import timm.utils
 
-from timm_kd.cli.messages import nearest
+from .messages import nearest
 
 
 class Flag(NamedTuple):

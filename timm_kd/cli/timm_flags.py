@@ -5,7 +5,7 @@ this project's. Two defaults differ, on purpose: ``decay_epochs`` is None, so th
 length that suits the schedule (90 for ``step``, a fifth of the run for ``wsd`` and ``rsqrt``), and ``kd_temperature``
 (in `kd_flags`) is None, the loss's own default.
 """
-from timm_kd.cli.parser import Flag, flag, kwargs_flag, switch
+from .parser import Flag, flag, kwargs_flag, switch
 
 DATA = flag('data', nargs='?', metavar='DIR', help='data set folder (--data-dir says the same)')
 
