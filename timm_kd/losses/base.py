@@ -98,7 +98,7 @@ class DistillationLoss(nn.Module):
                 it back would stall each step. Compiled code leaves it to the kernels as well.
         """
         self._check_logits(student_logits, teacher_logits)
-        in_transform = torch._C._are_functorch_transforms_active()
+        in_transform = torch._C._are_functorch_transforms_active()  # what autograd.Function asks too; no public name
         may_look = student_logits.device.type == 'cpu' and not in_transform and not torch.compiler.is_compiling()
         with torch.autocast(student_logits.device.type, enabled=False):
             student, teacher = _widen(student_logits, teacher_logits)
