@@ -50,7 +50,7 @@ def fingerprint_teacher(spec: str) -> dict[str, Any]:
     """Describe where a teacher's weights come from, in such a way that other weights look different.
 
     Files are hashed; a name of timm stands for the file it downloads, a Hub repository for itself: whether that has
-    been pushed to since is seen when the teacher is loaded, from `weights_hash`.
+    been pushed to since is seen when the teacher is loaded, from its own `fingerprint`.
 
     Args:
         spec: A spec of `Teacher`.

@@ -3,7 +3,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +37,8 @@ def open_cached_teacher(
         eval_loader: DataLoader | None,
         device: torch.device,
         dtype: torch.dtype | None,
-        epochs: Iterable[int] | None = None,
+        epochs: Sequence[int] | None = None,
+        live: bool = False,
 ) -> CachedTeacher:
     """Open `--teacher-cache`, and load the live teacher if this run needs a row that is absent.
 
@@ -51,6 +52,7 @@ def open_cached_teacher(
         device: Device of the run.
         dtype: Dtype of the images; None for float32.
         epochs: Epochs that the run will read; None: all of the schedule.
+        live: Load the live teacher in any case.
 
     Raises:
         UsageError: The cache was filled for another run's data or teacher, is damaged, or does not fit the disk.
@@ -81,7 +83,7 @@ def open_cached_teacher(
     epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs}) if args.teacher_cache_epochs else epochs
     complete = folder.covers(epochs, teacher.epoch_rows)
     answers_all = complete and teacher.knows_validation() and (folder.path / TEACHER_FILE).exists()
-    if _on_all_ranks(answers_all, args.distributed):
+    if not live and _on_all_ranks(answers_all, args.distributed):
         described = json.loads((folder.path / TEACHER_FILE).read_text())
         teacher.members = [SimpleNamespace(**member) for member in described['members']]
         _logger.info(f'Teacher cache {folder.path}: all rows are there, no teacher is loaded.')
@@ -113,7 +115,7 @@ def check_supported(args: argparse.Namespace) -> None:
         )
 
 
-def _check_mixup_off(args: argparse.Namespace, epochs: Iterable[int]) -> None:
+def _check_mixup_off(args: argparse.Namespace, epochs: Sequence[int]) -> None:
     distinct, off = args.teacher_cache_epochs, args.mixup_off_epoch
     if distinct and off and distinct <= max(epochs, default=0):
         raise UsageError(
@@ -223,14 +225,14 @@ def _on_all_ranks(answer: bool, distributed: bool) -> bool:
 
 
 def _load_live(teacher: CachedTeacher, live: Teacher | TeacherEnsemble, primary: bool, args_text: str) -> None:
-    """Give the cache its live teacher, whose weights must be those that filled it."""
+    """Give the cache its live teacher, which must be the one that filled it."""
     teacher.teacher = live
     teacher.members = live.members
     folder = teacher.folder
     if not (primary and folder.writable):
         return
     described = {
-        'weights_hash': live.weights_hash(),
+        'teacher': live.fingerprint(),
         'members': [
             {'source': member.source, 'model_name': member.model_name, 'num_params': member.num_params}
             for member in live.members

@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 KEY_FILE, LOCK_FILE, VALIDATION_FILE = 'key.json', 'lock', 'validation.npz'
 TEACHER_FILE, ARGS_FILE = 'teacher.json', 'args.yaml'
 _REPLACED = VALIDATION_FILE, TEACHER_FILE, ARGS_FILE
-_EPOCH_FILES = 'epoch-*.logits'
+EPOCH_FILES = 'epoch-*.logits'
 _READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
 
 
@@ -96,7 +96,7 @@ class CacheFolder:
             raise UsageError(f'--teacher-cache-rebuild: another run is using {self.path}: wait for its end.') from None
         _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
         # The key goes last: a folder with a key never holds another key's rows, whenever this is interrupted.
-        for path in [*self.path.glob(_EPOCH_FILES), *(self.path / name for name in _REPLACED), self.path / KEY_FILE]:
+        for path in [*self.path.glob(EPOCH_FILES), *(self.path / name for name in _REPLACED), self.path / KEY_FILE]:
             path.unlink(missing_ok=True)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
@@ -175,12 +175,12 @@ class CacheFolder:
         missing = size * len(epochs) - sum(min(size, path.stat().st_blocks * 512) for path in stored)
         free = shutil.disk_usage(self.path).free
         _logger.info(
-            f'Teacher cache {self.path}: {len(epochs)} epochs of {self.num_rows} rows, {_gigabytes(size)} each, '
-            f'{_gigabytes(missing)} to be written, {_gigabytes(free)} free'
+            f'Teacher cache {self.path}: {len(epochs)} epochs of {self.num_rows} rows, {format_bytes(size)} each, '
+            f'{format_bytes(missing)} to be written, {format_bytes(free)} free'
         )
         if missing > free:
             raise UsageError(
-                f'--teacher-cache {self.path} needs {_gigabytes(missing)} more and its disk has {_gigabytes(free)} '
+                f'--teacher-cache {self.path} needs {format_bytes(missing)} more and its disk has {format_bytes(free)} '
                 f'free: store fewer of the {len(epochs)} epochs (--teacher-cache-epochs), fewer logits '
                 '(--teacher-cache-topk), or use another disk.'
             )
@@ -210,5 +210,6 @@ class CacheFolder:
             temporary.unlink(missing_ok=True)
 
 
-def _gigabytes(num_bytes: float) -> str:
-    return f'{num_bytes / 1e9:.2f} GB'
+def format_bytes(num_bytes: float) -> str:
+    """Write a size in GB, small ones in MB."""
+    return f'{num_bytes / 1e9:.2f} GB' if num_bytes >= 1e8 else f'{num_bytes / 1e6:.2f} MB'

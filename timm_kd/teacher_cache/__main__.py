@@ -1,0 +1,71 @@
+"""Fill a teacher cache ahead of training, look into one, and check what it holds.
+
+    python -m timm_kd.teacher_cache fill --epochs-range 0 50 <the training flags, --teacher-cache DIR among them>
+    python -m timm_kd.teacher_cache info DIR
+    python -m timm_kd.teacher_cache verify DIR [training flags that differ here, such as --device cpu]
+"""
+import argparse
+import logging
+import os
+import sys
+
+import torch
+
+from ..errors import UsageError
+from ..logs import setup_logging
+from .fill import fill
+from .inspect import describe, verify
+
+EXIT_USAGE, EXIT_DIFFERENT = 2, 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one of the commands.
+
+    Args:
+        argv: Arguments without the program's name; those of the process when None.
+
+    Raises:
+        SystemExit: 2 for a usage error, 1 where `verify` finds rows that differ.
+    """
+    options, further = _parser().parse_known_args(argv)
+    setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
+    logging.captureWarnings(True)
+    try:
+        if options.command == 'fill':
+            fill(further, options.epochs_range)
+        elif further and options.command == 'info':
+            raise UsageError(f'{" ".join(further)}: info takes a folder and nothing else.')
+        elif options.command == 'info':
+            print(describe(options.folder))
+        elif not verify(options.folder, further, options.batches):
+            raise SystemExit(EXIT_DIFFERENT)
+    except UsageError as error:
+        print(f'timm_kd.teacher_cache: error: {error}', file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m timm_kd.teacher_cache', allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    filling = commands.add_parser(
+        'fill', allow_abbrev=False, help='run the teacher alone over the training images and store its logits',
+    )
+    filling.add_argument(
+        '--epochs-range', nargs=2, type=int, metavar=('A', 'B'),
+        help='epochs from A up to, not including, B, so that machines can share the work (unset: all of the schedule)',
+    )
+    info = commands.add_parser('info', allow_abbrev=False, help='print what a cache holds')
+    verifying = commands.add_parser('verify', allow_abbrev=False, help='compute a sample of rows again, and compare')
+    for command in (info, verifying):
+        command.add_argument('folder', metavar='DIR')
+    verifying.add_argument('--batches', type=int, default=2, help='batches to compute again of each stored epoch')
+    return parser
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,163 @@
+"""Fill a cache with the teacher alone: no student step, no loss."""
+import argparse
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.task import ClassificationTask
+from timm.utils import random_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..build import step_settings
+from ..cli import parse_args, resolve_kd
+from ..data import TrainData, create_eval_loader, create_train_data
+from ..engine import StepSettings, evaluate_teacher
+from ..errors import UsageError
+from ..random_state import preserved_random_state
+from ..runtime import model_dtype, setup_device
+from ..student import create_student
+from .cached_teacher import CachedTeacher
+from .setup import count_epochs, open_cached_teacher
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TeacherRun:
+    """The data side of a training run and its cached teacher, without the student."""
+
+    args: argparse.Namespace
+    data: TrainData
+    steps: StepSettings
+    teacher: CachedTeacher
+    eval_loader: DataLoader | None
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.data.loader)
+
+    def images(self, epoch: int, first_batch: int = 0) -> Iterable[torch.Tensor]:
+        """Yield the batches of images of an epoch, as the student of a training run gets them."""
+        self.data.set_epoch(epoch, first_batch)
+        off_epoch = self.args.mixup_off_epoch
+        self._set_mixing(not off_epoch or epoch < off_epoch)
+        for input, target in self.data.loader:
+            input, target = self.steps.place(input, target)
+            if self.data.mixup_fn is not None:
+                input, target = self.data.mixup_fn(input, target)
+            yield self.steps.arrange(input)
+
+    def _set_mixing(self, enabled: bool) -> None:
+        mixer = self.data.loader if self.data.mixup_fn is None else self.data.mixup_fn
+        if self.data.mixup_active:
+            mixer.mixup_enabled = enabled
+
+
+def open_run(
+        argv: list[str],
+        epochs: Sequence[int] | None = None,
+        live: bool = False,
+) -> tuple[TeacherRun, Sequence[int]]:
+    """Build what a training run with these flags would show its teacher.
+
+    Args:
+        argv: The training flags.
+        epochs: Epochs to be read; None: all of the schedule.
+        live: Load the teacher even where all rows of these epochs are present.
+
+    Returns:
+        The run, and its epochs.
+
+    Raises:
+        UsageError: The flags make no run with a cache, or the cache does not fit them or the disk.
+    """
+    args, args_text = parse_args(argv)
+    kd = resolve_kd(args)
+    if not args.teacher_cache or kd is None or kd.teacher is None:
+        raise UsageError('fill needs the flags of a training run with --teacher SPEC and --teacher-cache DIR.')
+    device = setup_device(args, device_given=any(word.split('=')[0] == '--device' for word in argv))
+    dtype = model_dtype(args)
+    random_seed(args.seed, args.rank)
+    # The student tells what its images are like, and is let go.
+    _, data_config = create_student(args, torch.device('cpu'), None, args.rank == 0)
+    data = create_train_data(args, data_config, device, dtype)
+    eval_loader = create_eval_loader(args, data_config, device, dtype)
+    epochs = range(count_epochs(args, len(data.loader))) if epochs is None else epochs
+    teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype, epochs, live)
+    return TeacherRun(args, data, step_settings(args, device, dtype), teacher, eval_loader), epochs
+
+
+@torch.no_grad()
+def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
+    """Compute and store the logits of epochs, going on where an earlier fill stopped.
+
+    Args:
+        argv: The training flags.
+        epochs_range: First epoch and the one after the last; None: all of the schedule.
+
+    Raises:
+        UsageError: As `open_run`; or the range is empty.
+    """
+    if epochs_range is not None and not 0 <= epochs_range[0] < epochs_range[1]:
+        raise UsageError(f'--epochs-range {epochs_range[0]} {epochs_range[1]}: holds no epoch; the first is 0.')
+    run, epochs = open_run(argv, None if epochs_range is None else range(*epochs_range))
+    teacher, primary = run.teacher, run.args.rank == 0
+    if teacher.teacher is None:
+        return
+    if run.args.torchcompile:
+        teacher.compile(backend=run.args.torchcompile, mode=run.args.torchcompile_mode)
+    if teacher.validation_key is not None:
+        teacher.validation(lambda: _evaluate(run))
+    if run.args.teacher_cache_epochs:
+        epochs = sorted({epoch % run.args.teacher_cache_epochs for epoch in epochs})
+    starts = {epoch: _first_absent(run, epoch) for epoch in epochs}
+    batches = sum(run.num_batches - start for start in starts.values())
+    images_per_batch = run.args.batch_size * run.args.world_size
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        # Bar and log lines share a terminal; a file gets the lines alone.
+        visible = primary and sys.stderr.isatty()
+        if visible:
+            stack.enter_context(logging_redirect_tqdm())
+        bar = stack.enter_context(tqdm(
+            total=batches * images_per_batch, unit=' images', unit_scale=True, dynamic_ncols=True, disable=not visible,
+        ))
+        for epoch, start in starts.items():
+            for batch, images in enumerate(run.images(epoch, start) if start < run.num_batches else (), start=start):
+                if teacher.stored(batch) is None:
+                    with run.steps.autocast():
+                        teacher(images)
+                bar.update(images_per_batch)
+            teacher.flush()
+            _logger.info(f'Teacher cache: epoch {epoch} is stored.')
+    seconds = time.perf_counter() - started
+    _logger.info(
+        f'Teacher cache: {len(starts)} epochs, {batches * images_per_batch} images in {seconds:.1f} s '
+        f'({batches * images_per_batch / max(seconds, 1e-9):.1f} images/s)'
+    )
+
+
+def _first_absent(run: TeacherRun, epoch: int) -> int:
+    """Return the first batch of an epoch that has an absent row; the number of batches where there is none."""
+    rows = run.teacher.epoch_rows(epoch)
+    if not run.teacher.folder.epoch_path(epoch).exists():
+        return 0
+    file = run.teacher.folder.open_epoch(epoch)
+    absent = np.flatnonzero(~file.has(rows))
+    file.close()
+    return int(absent[0]) // run.args.batch_size if len(absent) else run.num_batches
+
+
+def _evaluate(run: TeacherRun) -> tuple[list[dict[str, float]], torch.Tensor]:
+    # The evaluator of any classification task counts the same; its model is not asked.
+    task = ClassificationTask(torch.nn.Identity(), device=run.steps.device, verbose=False)
+    task.teacher = run.teacher
+    with preserved_random_state():
+        return evaluate_teacher(task, run.eval_loader, run.steps, run.args.distributed)
