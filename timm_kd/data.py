@@ -132,7 +132,7 @@ def create_eval_loader(
         loading['num_workers'] = min(2, args.workers)  # sharded readers: few workers keep the padding small
     loading.pop('use_multi_epochs_loader')
     loading.pop('worker_seeding')
-    return create_loader(
+    loader = create_loader(
         dataset,
         batch_size=args.validation_batch_size or args.batch_size,
         is_training=False,
@@ -141,6 +141,10 @@ def create_eval_loader(
         persistent_workers=persistent_workers,
         **loading,
     )
+    if args.replayable_data:
+        # Persistent workers draw a seed when they start, a resumed run once more: not from the stream of dropout.
+        getattr(loader, 'loader', loader).generator = torch.Generator()
+    return loader
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
