@@ -19,7 +19,6 @@ from .run_files import read_run, without_token
 
 _logger = logging.getLogger(__name__)
 
-
 _LOG_IN = (
     'run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)'
 )
@@ -108,12 +107,11 @@ def push_run(
         raise
     # Whatever else went wrong, the trained student is safe on disk, and the user must learn how to go on.
     except Exception as error:
-        words = ['python', '-m', 'timm_kd.hub', 'push', str(run_dir), repo_id, *(['--private'] if private else [])]
         options = {'--revision': revision, '--checkpoint': checkpoint, '--license': license, '--dataset': dataset}
+        words = ['python', '-m', 'timm_kd.hub', 'push', str(run_dir), repo_id, *(['--private'] if private else [])]
         words += [word for flag, value in options.items() if value for word in (flag, value)]
-        raise PushError(
-            f'{run_dir} was not pushed to {repo_id}: {_explain(error)}. To try again: {shlex.join(words)}'
-        ) from None
+        again = shlex.join(words)
+        raise PushError(f'{run_dir} was not pushed to {repo_id}: {_explain(error)}. To try again: {again}') from None
     _logger.info(f'Pushed {run_dir} to {commit.commit_url}')
     return commit.commit_url
 
@@ -136,7 +134,8 @@ def _client() -> HfApi:
 
 def _open_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
     """Creates what does not exist yet, and asks for the right to write. The client's errors pass through."""
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    # Where it is not asked for, an organization's own default decides.
+    api.create_repo(repo_id, exist_ok=True, **({'private': True} if private else {}))
     if private and not api.model_info(repo_id).private:
         raise PermissionError(f'{repo_id} exists and is public: make it private in its settings, or name another')
     if revision not in (None, 'main'):
