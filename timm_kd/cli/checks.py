@@ -182,9 +182,8 @@ def _check_image_flags(args: argparse.Namespace) -> None:
 
 
 def _check_task_loss(args: argparse.Namespace) -> None:
-    named = {'jsd'} if args.jsd_loss else set()
-    named |= {'bce'} if args.bce_loss else set()
-    named |= {args.loss} if args.loss else set()
+    choices = (('jsd', args.jsd_loss), ('bce', args.bce_loss), (args.loss, args.loss))
+    named = {name for name, chosen in choices if chosen}
     if len(named) > 1:
         raise UsageError(f'{" and ".join(sorted(named))}: one task loss, by --loss, --bce-loss or --jsd-loss')
     if 'jsd' in named and args.aug_splits < 2:
