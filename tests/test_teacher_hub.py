@@ -46,11 +46,13 @@ def hub(tmp_path_factory):
         hub.create('me/private', private=True).commit('main', 'add model', files)
         hub.create('org/pickled').commit('main', 'add', {k: v for k, v in files.items() if k != 'model.safetensors'})
         hub.create('org/empty')
+        hub.create('org/forbidden')
+        hub.fail('HEAD', '/org/forbidden/', 403)
         hub.create('org/transformers').commit('main', 'add', {'config.json': b'{"model_type": "vit"}'})
         yield hub
 
 
-def ask(hub: Hub, home: Path, *specs: str, token: str | None = None) -> list[str]:
+def ask(hub: Hub, home: Path, *specs: str, token: str | None = None) -> dict[str, str]:
     """What a process of its own gets from each spec; fails if it says the token anywhere."""
     env = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
     env.update(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_DISABLE_XET='1', OMP_NUM_THREADS='1')
@@ -58,40 +60,46 @@ def ask(hub: Hub, home: Path, *specs: str, token: str | None = None) -> list[str
         (home / 'token').write_text(token)  # where `hf auth login` keeps it
     result = subprocess.run([sys.executable, '-c', CODE, *specs], env=env, capture_output=True, text=True, timeout=120)
     assert TOKEN not in result.stdout + result.stderr
-    return result.stdout.splitlines()
+    return dict(zip(specs, result.stdout.splitlines(), strict=True))
 
 
-def assert_answers(lines: list[str]) -> None:
+PUBLIC = ['hf-hub:org/public', 'hf_hub:org/public', 'org/public', 'org/public@v1', 'org/pickled']
+REFUSED = {
+    'me/private': 'no me/private on the Hub, or it is private: `hf auth login`',
+    'org/absent': 'no org/absent on the Hub',
+    'org/public@none': 'org/public@none has no such revision',
+    'org/empty': 'org/empty is not a timm model',
+    'org/transformers': 'org/transformers is not a timm model',
+    'hf-hub:a/b/c': 'a/b/c is not a valid name',
+    'org/forbidden': 'refused access to org/forbidden: `hf auth login`',
+}
+
+
+@pytest.fixture(scope='module')
+def answers(hub, tmp_path_factory) -> dict[str, str]:
+    """What someone who is not logged in gets."""
+    return ask(hub, tmp_path_factory.mktemp('home'), *PUBLIC, *REFUSED)
+
+
+def assert_loaded(answer: str) -> None:
+    assert not answer.startswith('refused'), answer
     with torch.no_grad():
         expected = build()(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))[0]
-    for line in lines:
-        assert not line.startswith('refused'), line
-        torch.testing.assert_close(torch.tensor([float(w) for w in line.split()]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor([float(w) for w in answer.split()]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_public_teacher_loads_under_every_spelling(hub, tmp_path):
-    lines = ask(hub, tmp_path, 'hf-hub:org/public', 'hf_hub:org/public', 'org/public', 'org/public@v1', 'org/pickled')
-    assert len(lines) == 5
-    assert_answers(lines)
+@pytest.mark.parametrize('spec', PUBLIC)
+def test_public_teacher_loads_under_every_spelling(answers, spec):
+    assert_loaded(answers[spec])
 
 
 def test_private_teacher_loads_with_the_clients_login(hub, tmp_path):
-    assert_answers(ask(hub, tmp_path, 'me/private', token=TOKEN))
+    assert_loaded(ask(hub, tmp_path, 'me/private', token=TOKEN)['me/private'])
 
 
-def test_what_cannot_be_had_is_explained_without_a_token(hub, tmp_path):
-    hub.create('org/forbidden')
-    hub.fail('HEAD', '/org/forbidden/', 403)
-    specs = 'me/private org/absent org/public@none org/empty org/transformers hf-hub:a/b/c org/forbidden'.split()
-    lines = ask(hub, tmp_path, *specs)
-    said = [
-        'no me/private on the Hub, or it is private: `hf auth login`', 'no org/absent on the Hub',
-        'org/public@none has no such revision', 'org/empty is not a timm model', 'org/transformers is not a timm model',
-        'a/b/c is not a valid name', 'refused access to org/forbidden: `hf auth login`',
-    ]
-    assert len(lines) == len(said)
-    for line, part in zip(lines, said, strict=True):
-        assert line.startswith('refused --teacher') and part in line
+@pytest.mark.parametrize('spec', REFUSED)
+def test_what_cannot_be_had_is_explained(answers, spec):
+    assert answers[spec].startswith(f'refused --teacher {spec}: ') and REFUSED[spec] in answers[spec]
 
 
 def test_gated_repository_asks_for_its_terms_and_a_login():

@@ -76,7 +76,7 @@ class TeacherEnsemble(nn.Module):
 
 
 def create_teacher(
-        spec: str | nn.Module | Sequence[str | nn.Module],
+        spec: str | Path | nn.Module | Sequence[str | Path | nn.Module],
         *args: Any,
         model: str | Sequence[str | None] | None = None,
         use_ema: bool = False,
@@ -96,11 +96,11 @@ def create_teacher(
     Raises:
         UsageError: If a teacher cannot be had or cannot teach this student.
     """
-    specs = [spec] if isinstance(spec, str | nn.Module) else list(spec)
+    specs = [spec] if isinstance(spec, str | Path | nn.Module) else list(spec)
     if len(specs) == 1:
         models, maps = _one_each(model, specs, '--teacher-model'), _one_each(class_map, specs, '--teacher-class-map')
         return Teacher(specs[0], *args, model=models[0], use_ema=use_ema, class_map=maps[0], **kwargs)
-    is_file = [isinstance(s, str) and locate(s)[0] == 'file' for s in specs]
+    is_file = [not isinstance(s, nn.Module) and locate(str(s))[0] == 'file' for s in specs]
     if not any(is_file) and (use_ema or model is not None):
         raise UsageError('--teacher-model and --teacher-ema are for weights files, and no --teacher is one')
     models = _one_each(model, specs, '--teacher-model')

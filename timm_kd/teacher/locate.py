@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import timm
-from timm.models import get_arch_name, get_pretrained_cfg, is_model, list_models, list_pretrained
+from timm.models import create_model, get_arch_name, get_pretrained_cfg, is_model, list_models, list_pretrained
 
 from ..errors import UsageError
 
@@ -41,8 +41,7 @@ def locate(spec: str) -> tuple[str, str]:
     if path.is_dir():
         return 'folder', _saved_by_timm(path, spec)
     if is_model(get_arch_name(spec)):
-        _check_has_weights(spec)
-        return 'timm', spec
+        return 'timm', _with_weights(spec)
     if spec.endswith(_WEIGHTS_SUFFIXES):
         raise UsageError(f'--teacher {spec}: no such file')
     if _REPO_ID.fullmatch(spec):
@@ -86,9 +85,12 @@ def _saved_by_timm(path: Path, spec: str) -> str:
     return f'{_FOLDER_PREFIX}{path}'
 
 
-def _check_has_weights(name: str) -> None:
-    """Refuses a tag timm does not know, and an architecture it has no weights for."""
+def _with_weights(name: str) -> str:
+    """A timm name for which timm has weights, a retired one by its successor."""
     arch = get_arch_name(name)
+    if name == arch and name not in list_models():
+        cfg = create_model(name).pretrained_cfg  # timm's factory alone knows the successors
+        return f'{cfg["architecture"]}.{cfg["tag"]}'
     try:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -99,3 +101,4 @@ def _check_has_weights(name: str) -> None:
             f'--teacher {name} has no pretrained weights in timm: train it, and give its checkpoint file with '
             f'--teacher-model {arch}'
         )
+    return name

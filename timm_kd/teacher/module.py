@@ -59,7 +59,7 @@ class Teacher(nn.Module):
 
     def __init__(
             self,
-            spec: str | nn.Module,
+            spec: str | Path | nn.Module,
             num_classes: int | None = None,
             mean: Sequence[float] | None = None,
             std: Sequence[float] | None = None,
@@ -200,6 +200,7 @@ class Teacher(nn.Module):
         """Refuses a teacher whose first answers are of the wrong width, or not finite."""
         if self.classes is None:
             check_num_classes(self.source, logits.shape[1], self.num_classes)
+            self.num_classes = logits.shape[1]
         if not torch.isfinite(logits).all():
             if not torch.isfinite(images).all():
                 raise UsageError('the first batch of images holds NaN or infinity: see --mean, --std and the data')

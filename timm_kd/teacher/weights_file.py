@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def _load(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UsageError(f'--teacher {path}: no such file') from error
     except pickle.UnpicklingError as error:
-        if 'GLOBAL' in str(error):
+        wanted = re.search(r'GLOBAL (\S+)', str(error))
+        if wanted:
             raise UsageError(
-                f'--teacher {path} is a pickle that needs more than tensors, so loading it could run code; it was '
-                'refused. If the file is a whole model, save its state_dict() instead'
+                f'--teacher {path} is a pickle that asks for {wanted[1]}, so loading it could run code; it was '
+                'refused. Save the state_dict() of the model alone, best as .safetensors'
             ) from error
         raise UsageError(f'--teacher {path} is not a checkpoint: it is no PyTorch file') from error
     except (SafetensorError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
