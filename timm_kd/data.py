@@ -67,6 +67,10 @@ def create_train_data(
     Raises:
         UsageError: If the data cannot be found or does not fit the flags.
     """
+    if args.aug_repeats and not args.distributed:
+        raise UsageError(
+            f'--aug-repeats {args.aug_repeats:g}: timm spreads the repeats over processes: start two or more with '
+            'torchrun, or leave it out.')
     dataset = _create_dataset(args, data_config, training=True)
     _check_classes(dataset, args)
     mixup_active = uses_mixup(args)
@@ -97,7 +101,7 @@ def create_train_data(
             **_scheduled_sizes(args),
             **_loading(args, data_config, device, dtype),
         )
-    except ValueError as error:  # timm's own sentences about --train-img-sizes and its like
+    except (ValueError, AssertionError) as error:  # timm's own sentences about --train-img-sizes and its like
         raise UsageError(f'training loader: {error}') from error
     if args.replayable_data:
         loader = make_replayable(loader, seed=args.seed, num_epochs=args.teacher_cache_epochs)

@@ -108,13 +108,16 @@ def check_returns_logits(model: nn.Module, name: str, input_size: tuple[int, int
     One forward of two blank images in training mode; buffers and random streams are left as they were.
 
     Raises:
-        UsageError: If the output is not a tensor `[B, num_classes]`.
+        UsageError: If the model cannot take such images, or its output is not a tensor `[B, num_classes]`.
     """
     parameter = next(model.parameters())
     buffers = {key: value.clone() for key, value in model.named_buffers()}
     was_training = model.training
     with preserved_random_state(), torch.no_grad():
-        output = model.train()(torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype))
+        try:
+            output = model.train()(torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype))
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            raise UsageError(f'--model {name} fails on images of {"x".join(map(str, input_size))}: {error}') from error
         for key, value in model.named_buffers():
             value.copy_(buffers[key])
     model.train(was_training)
