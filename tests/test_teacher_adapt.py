@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 
 from timm_kd.errors import UsageError
@@ -136,6 +137,21 @@ def test_grey_images_leave_the_stem_of_an_rgb_teacher_alone(tmp_path):
     with torch.no_grad():
         expected = model(normalised(grey.expand(-1, 3, -1, -1), **HALF))
     torch.testing.assert_close(teacher(normalised(grey, (0.3,), (0.2,))), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_module_that_is_not_timms_has_grey_images_repeated_too():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5).eval()
+    grey = picture(1)
+    with torch.no_grad():
+        expected = model(normalised(grey.expand(-1, 3, -1, -1), **IMAGENET))  # timm's assumption on such a module
+    seen = Teacher(model, 5, in_chans=1, mean=(0.3,), std=(0.2,), dtype='float32')(normalised(grey, (0.3,), (0.2,)))
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_size_that_the_patches_do_not_divide_names_the_way_out():
+    with pytest.raises(UsageError, match='refuses images of 40x40 .*--teacher-img-size'):
+        Teacher(build('test_vit'), 5)(picture(size=40))
 
 
 def test_channels_that_a_built_model_cannot_take_are_refused():

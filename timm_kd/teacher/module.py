@@ -137,7 +137,8 @@ class Teacher(nn.Module):
     ) -> InputAdapter:
         """What happens to the images, from what the built model expects."""
         expects = get_model_input_config(inner)
-        chans = expects['input_size'][0] if hasattr(inner, 'pretrained_cfg') or hasattr(inner, 'in_chans') else in_chans
+        stem = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)  # of a module that is not timm's
+        chans = expects['input_size'][0] if hasattr(inner, 'pretrained_cfg') else stem.in_channels if stem else in_chans
         if not can_adapt_channels(in_chans, chans):
             raise UsageError(f'--teacher {self.source} takes {chans} channels, the images have {in_chans}')
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -176,11 +177,18 @@ class Teacher(nn.Module):
             Logits `[B, num_classes]` in float32, without gradient.
 
         Raises:
-            UsageError: If the logits of the first batch are NaN or infinite, or of the wrong shape.
+            UsageError: If the teacher refuses the size of the images, or the logits of the first batch are NaN,
+                infinite or of the wrong shape.
         """
         own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype_name != 'amp' else nullcontext()
-        with own_precision:
-            logits = (self._compiled or self._logits)(images)
+        try:
+            with own_precision:
+                logits = (self._compiled or self._logits)(images)
+        except AssertionError as error:  # how timm's models refuse a size
+            size = 'x'.join(map(str, images.shape[-2:]))
+            raise UsageError(
+                f'--teacher {self.source} refuses images of {size} ({error}): --teacher-img-size N resizes them for it'
+            ) from error
         if not self._checked:
             self._check(logits, images)  # the only host sync, once
         return logits if self.classes is None else self.classes(logits)
