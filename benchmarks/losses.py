@@ -3,8 +3,8 @@
 
 For each loss and shape three ways run in turn, in one process: `F.cross_entropy`, ours (the closed form) and the plain
 formula (autograd through the paper's operations). Times are medians; ratios are the median of each round's ratio.
-Memory is the peak of what forward and backward allocate beyond their inputs, in float32 tensors of the logits' shape
-(the gradient, which stays, is one). The output is markdown.
+Memory is the peak of what forward and backward allocate beyond their inputs, the resulting gradient included, in MB
+and in float32 tensors of the logits' shape. The output is markdown. Run it on an idle machine.
 
     python benchmarks/losses.py [--device cpu] [--threads 2] [--rounds 30] [--pairs]
 """
@@ -23,7 +23,7 @@ from timm_kd.losses import KD_LOSSES, create_kd_loss
 SHAPES = ((256, 1000), (256, 21841))
 BARS = {'kd': 4.0, 'dkd': 5.0, 'nkd': 4.5, 'tfnkd': 2.2, 'tfkd': 2.5}
 
-Step = Callable[[], torch.Tensor]
+Step = Callable[[], None]
 
 
 def make_steps(name: str, shape: tuple[int, int], device: str, pairs: bool) -> dict[str, Step]:
@@ -36,10 +36,9 @@ def make_steps(name: str, shape: tuple[int, int], device: str, pairs: bool) -> d
     student.requires_grad_()
 
     def step(loss: Callable[[], torch.Tensor]) -> Step:
-        def run() -> torch.Tensor:
-            student.grad = None
+        def run() -> None:
             loss().backward()
-            return student.grad
+            student.grad = None
         return run
 
     ours, plain = create_kd_loss(name), create_kd_loss(name)
@@ -65,9 +64,9 @@ def seconds(step: Step, device: str) -> float:
 
 def peak_bytes(step: Step, device: str) -> int:
     """The most that one step holds at any moment beyond what was there before."""
-    gradient = step().nbytes  # dropped at the start of the next step
+    step()
     if device == 'cuda':
-        held = torch.cuda.memory_allocated() - gradient
+        held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - held

@@ -35,7 +35,7 @@ class TFNKDLoss(DistillationLoss):
 def _soft_labels(log_p: torch.Tensor, labels: Labels) -> torch.Tensor:
     p = labels.where_present(log_p.exp(), 0.0)
     rows = labels.where_present(torch.ones_like(p), 0.0).sum(0)
-    mean = p.sum(0) / rows.clamp(min=1)  # with no row that has a second label its term is 0, not 0 / 0
+    mean = p.sum(0) / rows  # 0 / 0 for a second label that no row has, and then used by none
     return labels.where_present(p + labels.weight - mean, 0.0)
 
 
