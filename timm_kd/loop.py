@@ -85,6 +85,8 @@ class Loop:
         self.termination = TerminationSignal()
         self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
         self._trained_epoch_random = None
+        teacher = getattr(self.task, 'teacher', None)
+        self.cache = teacher if isinstance(teacher, CachedTeacher) else None
 
     def restore(self, state: dict[str, Any], same_epoch: bool) -> None:
         """Takes up the state that an exact resume needs beyond timm's.
@@ -112,6 +114,8 @@ class Loop:
                     self._finish_epoch(epoch)
         finally:
             self.log.close()
+            if self.cache is not None:
+                self.cache.close()
         return self.history
 
     def _train_epoch(self, epoch: int) -> None:
@@ -122,8 +126,6 @@ class Loop:
             self.data.disable_mixup()
         if isinstance(self.task, KDTask):
             self.task.set_epoch(epoch + 1)
-        teacher = getattr(self.task, 'teacher', None)
-        cache = teacher if isinstance(teacher, CachedTeacher) else None
         if self.first_batch < len(self.data.loader):
             train_one_epoch(
                 self.task,
@@ -135,12 +137,12 @@ class Loop:
                 loss_scaler=self.loss_scaler,
                 lr_scheduler=self.lr_scheduler,
                 mixup_fn=self.data.mixup_fn,
-                teacher_logits=cache.stored if cache is not None else None,
+                teacher_logits=self.cache.stored if self.cache is not None else None,
                 first_batch=self.first_batch,
                 on_update=self._after_update,
             )
-            if cache is not None:
-                cache.flush()
+            if self.cache is not None:
+                self.cache.flush()
             self._check_finite(epoch)
             self._distribute_bn(self.task.get_trainable_module())
         self.first_batch = 0

@@ -146,6 +146,11 @@ class CachedTeacher(nn.Module):
             self._file.close()
         self._file = self._epoch = None
 
+    def close(self) -> None:
+        """Store what is on its way and give the folder back."""
+        self.flush()
+        self.folder.close()
+
     def combine(self, answers: list[torch.Tensor]) -> torch.Tensor:
         """Combine the answers of the live teacher's members."""
         return self.teacher.combine(answers)

@@ -137,6 +137,7 @@ def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
                 bar.update(images_per_batch)
             teacher.flush()
             _logger.info(f'Teacher cache: epoch {epoch} is stored.')
+    teacher.close()
     seconds = time.perf_counter() - started
     _logger.info(
         f'Teacher cache: {len(starts)} epochs, {batches * images_per_batch} images in {seconds:.1f} s '

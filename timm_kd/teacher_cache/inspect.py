@@ -76,7 +76,9 @@ def verify(folder: str | Path, further: list[str], batches_per_epoch: int = 2) -
         _logger.info(f'{folder} holds no rows yet.')
         return True
     run, _ = open_run(argv, epochs, live=True)
-    return all([_verify_epoch(run, epoch, batches_per_epoch) for epoch in epochs])
+    holds = [_verify_epoch(run, epoch, batches_per_epoch) for epoch in epochs]
+    run.teacher.close()
+    return all(holds)
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ class CacheFolder:
         self._lock = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            # A file object: the lock of a run that fails goes with the last reference to it.
+            self._lock = open(self.path / LOCK_FILE, 'a')
         except OSError as error:
             if error.errno not in _READ_ONLY or not self.path.is_dir():
                 raise UsageError(f'--teacher-cache {path}: {error.strerror}.') from error
@@ -103,7 +104,7 @@ class CacheFolder:
     def close(self) -> None:
         """Give the folder back."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def epoch_path(self, epoch: int) -> Path:

@@ -1,0 +1,250 @@
+"""Runs of the script with --teacher-cache: what a run that reads learns is what the live run learned."""
+import csv
+import functools
+import mmap
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from timm_kd.teacher_cache.__main__ import main as cache_main
+from timm_kd.teacher_cache.epoch_file import EpochFile
+from timm_kd.train import main
+
+ROOT = Path(__file__).parent.parent
+TRAIN, VALIDATION = 6, 4  # images of each class
+NUM_SAMPLES = 10 * TRAIN
+MIXED = '--mixup 0.4 --cutmix 1.0 --aa rand-m9-mstd0.5-inc1 --reprob 0.4'.split()
+
+
+@pytest.fixture(scope='module')
+def images(digits, tmp_path_factory):
+    """A few of the digits."""
+    root = tmp_path_factory.mktemp('few') / 'digits'
+    for split, count in (('train', TRAIN), ('validation', VALIDATION)):
+        for label in range(10):
+            target = root / split / str(label)
+            target.mkdir(parents=True)
+            for path in sorted((digits / split / str(label)).iterdir())[:count]:
+                shutil.copy(path, target)
+    return root
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory, digits_teacher):
+    """Where the runs of this file write, and a teacher at a place that each test may empty."""
+    home = tmp_path_factory.mktemp('runs')
+    shutil.copytree(digits_teacher, home / 'teacher')
+    return home
+
+
+@pytest.fixture
+def teacher(home, digits_teacher):
+    """The folder of the teacher; back in it for the next test."""
+    yield home / 'teacher'
+    shutil.rmtree(home / 'teacher', ignore_errors=True)
+    shutil.copytree(digits_teacher, home / 'teacher')
+
+
+def arguments(home, images, name, *flags):
+    return [
+        str(images), *'--model test_resnet --num-classes 10 --img-size 32 --device cpu --epochs 2 --lr 0.05'.split(),
+        *'--batch-size 16 --workers 0 --warmup-epochs 0 --seed 5 --kd-loss nkd --replayable-data'.split(),
+        '--teacher', f'local-dir:{home / "teacher"}', '--output', str(home / 'out'), '--experiment', name, *flags,
+    ]
+
+
+@pytest.fixture
+def run(home, images):
+    """Runs the script in this process; returns its summary.csv."""
+    def run(*flags):
+        main(arguments(home, images, 'run', *flags))
+        return (home / 'out' / 'run' / 'summary.csv').read_text()
+    return run
+
+
+@pytest.fixture(scope='module')
+def live(home, images):
+    """The summary.csv of the run with the live teacher, made once for each set of flags."""
+    @functools.cache
+    def live(*flags):
+        main(arguments(home, images, 'live', *flags))
+        return (home / 'out' / 'live' / 'summary.csv').read_text()
+    return live
+
+
+def cache(folder, *flags, dtype='float32'):
+    return ['--teacher-cache', str(folder), '--teacher-cache-dtype', dtype, *flags]
+
+
+@pytest.fixture(scope='module')
+def filled(home, images, tmp_path_factory):
+    """A cache of two epochs without mixing, filled by a run."""
+    folder = tmp_path_factory.mktemp('cache')
+    main(arguments(home, images, 'fill', *cache(folder)))
+    return folder
+
+
+def refused(capsys, run, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        run(*flags)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize('flags', [
+    pytest.param(MIXED, id='mixed'),
+    pytest.param([*MIXED, '--no-prefetcher', '--mixup-mode', 'elem'], id='mixed in the loop'),
+    pytest.param(['--mixup', '0.4', '--mixup-off-epoch', '1'], id='mixing ends'),
+    pytest.param('--amp --amp-dtype bfloat16 --model-ema --grad-accum-steps 2'.split(), id='AMP, EMA, accumulation'),
+])
+def test_filling_and_reading_give_the_live_runs_summary_to_the_bit(tmp_path, run, live, teacher, flags):
+    expected = live(*flags)
+    assert run(*cache(tmp_path), *flags) == expected
+    shutil.rmtree(teacher)  # a run that reads loads no teacher
+    assert run(*cache(tmp_path), *flags, '--workers', '2') == expected
+
+
+def test_float16_logits_change_the_losses_by_less_than_a_thousandth(tmp_path, run, live):
+    slowly = ['--lr', '1e-4', '--epochs', '1']  # else the bits lost in step 1 have grown by the end, as any would
+    before, = csv.DictReader(live(*slowly).splitlines())
+    after, = csv.DictReader(run(*cache(tmp_path, dtype='float16'), *slowly).splitlines())
+    assert before['train_kd_loss'] != after['train_kd_loss']
+    for name in ('train_loss', 'train_task_loss', 'train_kd_loss', 'train_soft', 'train_distributed'):
+        assert float(after[name]) == pytest.approx(float(before[name]), rel=1e-3), name
+
+
+@pytest.mark.parametrize('loss', ['kd', 'dkd', 'tfkd'])
+def test_the_cache_that_one_loss_filled_serves_the_others(filled, run, live, teacher, loss):
+    expected = live('--kd-loss', loss)
+    shutil.rmtree(teacher)
+    assert run(*cache(filled), '--kd-loss', loss) == expected
+
+
+def test_several_teachers_are_stored_as_their_mean(tmp_path, run, live, digits_teacher):
+    second = shutil.copytree(digits_teacher, tmp_path / 'second')
+    state = load_file(second / 'model.safetensors')
+    state['fc.bias'] += torch.linspace(-1, 1, 10)
+    save_file(state, second / 'model.safetensors')
+    flags = ['--teacher', str(second), '--epochs', '1']
+    expected = live(*flags)
+    run(*cache(tmp_path / 'cache'), *flags)
+    shutil.rmtree(second)
+    with pytest.raises(SystemExit):
+        run(*flags)
+    assert run(*cache(tmp_path / 'cache'), *flags) == expected
+
+
+def test_distinct_epochs_come_round_again(filled, run, teacher):
+    shutil.rmtree(teacher)
+    rows = run(*cache(filled, '--teacher-cache-epochs', '2'), '--epochs', '5').splitlines()
+    assert len(rows) == 1 + 5
+
+
+def test_a_fill_killed_in_the_middle_goes_on_and_ends_as_the_live_run(tmp_path, home, images, run, live):
+    flags = [*MIXED, '--batch-size', '4']
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / 'train_kd.py'), *arguments(home, images, 'killed', *cache(tmp_path), *flags)],
+        env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())), stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and present(tmp_path / 'epoch-0000.logits') < 8:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert 8 <= present(tmp_path / 'epoch-0000.logits') and not present(tmp_path / 'epoch-0001.logits')
+    assert run(*cache(tmp_path), *flags) == live(*flags)
+
+
+def present(path):
+    """Counts the rows of an epoch's file without opening it as the cache does."""
+    if not path.exists() or path.stat().st_size < 2 * mmap.PAGESIZE:
+        return 0
+    return int(np.count_nonzero(np.fromfile(path, np.uint32, NUM_SAMPLES, offset=mmap.PAGESIZE)))
+
+
+def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, live, teacher):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    flags = [*cache(tmp_path), '--batch-size', '8']
+    subprocess.run(
+        [
+            sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port),
+            str(ROOT / 'train_kd.py'), *arguments(home, images, 'two', *flags),
+        ],
+        env=dict(os.environ, OMP_NUM_THREADS='1'), check=True, timeout=120, stderr=subprocess.DEVNULL,
+    )
+    expected = list(csv.DictReader(live().splitlines()))
+    shutil.rmtree(teacher)
+    read = list(csv.DictReader(run(*cache(tmp_path)).splitlines()))
+    assert [row['eval_agreement'] for row in read] == [row['eval_agreement'] for row in expected]
+    # Half a batch has its sums in another order: 1e-5 at the start, which training makes more of.
+    assert float(read[0]['train_loss']) == pytest.approx(float(expected[0]['train_loss']), rel=1e-3)
+
+
+def test_changed_flags_and_images_are_refused_by_name(filled, home, images, run, tmp_path, capsys):
+    message = refused(capsys, run, *cache(filled), '--hflip', '0', '--seed', '6')
+    assert 'images.hflip was 0.5, is now 0.0' in message and 'seed was 5, is now 6' in message
+    assert '--teacher-cache-rebuild' in message
+    changed = shutil.copytree(images, tmp_path / 'changed')
+    (changed / 'train' / '3' / '000.png').unlink()
+    message = refused(capsys, lambda: main(arguments(home, changed, 'changed', *cache(filled))))
+    assert f'dataset.count was {NUM_SAMPLES}, is now {NUM_SAMPLES - 1}' in message and 'dataset.files was' in message
+
+
+def test_another_teacher_is_refused_and_rebuild_fills_anew(filled, run, teacher, tmp_path, capsys):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    old = (folder / 'epoch-0000.logits').read_bytes()
+    state = load_file(teacher / 'model.safetensors')
+    state['fc.bias'] += 1.0
+    save_file(state, teacher / 'model.safetensors')
+    assert 'teacher.members was' in refused(capsys, run, *cache(folder))
+    run(*cache(folder, '--teacher-cache-rebuild'), '--epochs', '1')
+    assert (folder / 'epoch-0000.logits').read_bytes() != old
+    assert not (folder / 'epoch-0001.logits').exists()
+
+
+def test_an_incomplete_cache_without_its_teacher_is_refused(filled, run, teacher, capsys):
+    shutil.rmtree(teacher)
+    assert f'--teacher local-dir:{teacher}' in refused(capsys, run, *cache(filled), '--epochs', '3')
+
+
+def test_a_stored_epoch_cut_short_is_refused(filled, run, tmp_path, capsys):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    os.truncate(folder / 'epoch-0000.logits', 9000)
+    assert 'epoch-0000.logits has 9000 bytes' in refused(capsys, run, *cache(folder))
+
+
+def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, home, images, run, live, teacher, capsys):
+    for epoch in (1, 0):  # as two machines would
+        epochs = ['--epochs-range', str(epoch), str(epoch + 1)]
+        cache_main(['fill', *epochs, *arguments(home, images, 'ahead', *cache(tmp_path), *MIXED)])
+    expected = live(*MIXED)
+    shutil.rmtree(teacher)
+    assert run(*cache(tmp_path), *MIXED) == expected
+    capsys.readouterr()
+    cache_main(['info', str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert 'epoch-0001.logits  48 rows (100.0 %)' in shown and '48 an epoch, by position, 10 classes' in shown
+
+
+def test_verify_finds_rows_that_the_teacher_does_not_say(filled, tmp_path):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    cache_main(['verify', str(folder)])
+    file = EpochFile(folder / 'epoch-0001.logits', NUM_SAMPLES, 40, writable=True)
+    noise = np.random.default_rng(0).standard_normal((NUM_SAMPLES, 10), np.float32)
+    file.write(np.arange(NUM_SAMPLES), noise.view(np.uint8))
+    file.close()
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['verify', str(folder)])
+    assert stopped.value.code == 1
