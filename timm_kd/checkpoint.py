@@ -12,8 +12,9 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from .errors import UsageError
+from .errors import UsageError, shortened
 from .random_state import get_random_state
+from .safe_load import load_file
 
 _logger = logging.getLogger(__name__)
 
@@ -133,15 +134,7 @@ def read_checkpoint(path: str | Path, flag: str = '--resume') -> dict[str, Any]:
     Raises:
         UsageError: If there is no such file, or it is truncated, no checkpoint, or would run code.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f'{flag} {path}: no such file.')
-    try:
-        checkpoint = load_checkpoint_metadata(path)
-    except Exception as error:  # torch raises half a dozen types for files that are no checkpoint
-        raise UsageError(
-            f'{flag} {path}: not a checkpoint that loads without running code ({_first_line(error)}); '
-            'a file of timm\'s script or of this one is needed.'
-        ) from error
+    checkpoint = load_file(path, flag, mmap=True)
     if not isinstance(checkpoint, dict):
         raise UsageError(f'{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint.')
     return checkpoint
@@ -198,7 +191,7 @@ def resume(
         if task.has_ema():
             load_task_ema_checkpoint(task, str(path))
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UsageError(f'--resume {path}: does not fit --model and --opt ({error}).') from error
+        raise UsageError(f'--resume {path}: does not fit --model and --opt ({shortened(error)}).') from error
     return epoch
 
 

@@ -3,3 +3,9 @@
 
 class UsageError(ValueError):
     """A command line, file or data set that cannot work; the script prints its message and exits with 2."""
+
+
+def shortened(error: Exception, most: int = 300) -> str:
+    """An error of timm or torch on one line."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f'{text[:most]}...'

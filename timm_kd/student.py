@@ -1,19 +1,31 @@
 """args -> the model to train, built as timm's script builds it."""
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import create_model, load_checkpoint, resolve_model_input_args
 from timm.utils import set_jit_fuser
 from torch import nn
 
-from .errors import UsageError
+from .errors import UsageError, shortened
 from .random_state import preserved_random_state
+from .safe_load import load_file
+from .teacher.hub_errors import explain
+from .teacher.locate import nearest
 
 _logger = logging.getLogger(__name__)
+
+# What timm, torch, safetensors and the Hub client raise for a model or a file of weights that cannot be had.
+_BUILD_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, OSError, EOFError,
+    SafetensorError,
+)
 
 
 def create_student(
@@ -44,11 +56,10 @@ def create_student(
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
         data_config = resolve_input_data_config(model, vars(args), verbose=primary)
-    except FileNotFoundError as error:
-        path = args.initial_checkpoint or args.pretrained_path
-        raise UsageError(f'--initial-checkpoint or --pretrained-path {path}: no such file.') from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
-        raise UsageError(f'--model {args.model}: {error}') from error
+    except UsageError:
+        raise
+    except _BUILD_ERRORS as error:
+        raise UsageError(_why_not_built(args, error)) from error
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=dtype)
@@ -86,8 +97,30 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
         **factory_args,
     )
     if args.initial_checkpoint:
-        load_checkpoint(model, args.initial_checkpoint)
+        try:
+            load_checkpoint(model, args.initial_checkpoint)
+        except _BUILD_ERRORS as error:
+            _check_readable(args.initial_checkpoint, '--initial-checkpoint')
+            raise UsageError(
+                f'--initial-checkpoint {args.initial_checkpoint} does not fit --model {args.model}: {shortened(error)}'
+            ) from error
     return model
+
+
+def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
+    """Tells the user what an error of timm, torch, safetensors or the Hub client means."""
+    if str(error).startswith('Unknown model'):
+        return f'--model {args.model} is no model of timm {timm.__version__}{nearest(args.model)}'
+    if args.pretrained_path:
+        _check_readable(args.pretrained_path, '--pretrained-path')
+    elif isinstance(error, OSError) and not args.model.startswith('local-dir:'):
+        return f'--model {args.model}{" --pretrained" if args.pretrained else ""}: {explain(error, args.model)}'
+    return f'--model {args.model}: {shortened(error)}'
+
+
+def _check_readable(path: str, flag: str) -> None:
+    if Path(path).suffix not in ('.npz', '.npy'):  # timm reads those by itself, without pickles
+        load_file(path, flag)
 
 
 def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
@@ -103,13 +136,21 @@ def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def check_returns_logits(model: nn.Module, name: str, input_size: tuple[int, int, int], num_classes: int) -> None:
-    """Refuses a student whose training output a loss on logits cannot read, such as a distilled DeiT's tuple.
+    """Refuses a student whose training output a loss on logits cannot read, such as a tuple.
 
     One forward of two blank images in training mode; buffers and random streams are left as they were.
+
+    A model with a distillation token (DeiT, distilled) is refused though timm averages its two heads as long as nobody
+    calls `set_distilled_training`: the second head is there to learn from the teacher alone, which no loss here does.
 
     Raises:
         UsageError: If the model cannot take such images, or its output is not a tensor `[B, num_classes]`.
     """
+    if hasattr(model, 'dist_token'):
+        raise UsageError(
+            f'--model {name} has a distillation token, whose head gives a second set of logits in training, and the '
+            'distillation losses are defined on one: take a model without it (deit_tiny_patch16_224, say).'
+        )
     parameter = next(model.parameters())
     buffers = {key: value.clone() for key, value in model.named_buffers()}
     was_training = model.training
@@ -124,8 +165,7 @@ def check_returns_logits(model: nn.Module, name: str, input_size: tuple[int, int
     if not isinstance(output, torch.Tensor):
         raise UsageError(
             f'--model {name} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
-            'distillation losses are defined on one set of logits: take a model without a distillation head '
-            '(deit_tiny_patch16_224 for deit_tiny_distilled_patch16_224).'
+            'distillation losses are defined on one set of logits: take a model, or --model-kwargs, without it.'
         )
     if output.shape != (2, num_classes):
         raise UsageError(

@@ -11,6 +11,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..errors import shortened
+
 _LOG_IN = '`hf auth login` (or HF_TOKEN) logs you in'
 
 
@@ -40,9 +42,3 @@ def explain(error: Exception, repo: str) -> str:
     if isinstance(error, KeyError):
         return f'{repo} is not a timm model: its config.json lacks {error}'
     return f'{repo} cannot be loaded ({shortened(error)})'
-
-
-def shortened(error: Exception, most: int = 300) -> str:
-    """An error of timm or torch on one line."""
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else f'{text[:most]}...'

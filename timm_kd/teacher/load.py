@@ -8,9 +8,9 @@ from timm.data import resolve_data_config
 from timm.models import create_model, get_arch_name, get_pretrained_cfg, is_model, resolve_model_input_args
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from .adapt import can_adapt_channels
-from .hub_errors import explain, shortened
+from .hub_errors import explain
 from .locate import locate, nearest, warn_of_bce
 from .weights_file import WeightsFile, read_weights_file
 

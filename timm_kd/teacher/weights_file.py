@@ -1,19 +1,15 @@
 """A teacher's weights file: read without running code, and what it says about the model it came from."""
 
 import argparse
-import pickle
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from timm.models import clean_state_dict
 
 from ..errors import UsageError
-from .hub_errors import shortened
+from ..safe_load import load_file
 
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _STATE_KEYS = ('state_dict', 'model')
@@ -38,7 +34,7 @@ def read_weights_file(path: Path, use_ema: bool = False) -> WeightsFile:
     Raises:
         UsageError: If the file is missing, truncated, no checkpoint, or would run code when loaded.
     """
-    checkpoint = _load(path)
+    checkpoint = load_file(path, '--teacher')
     if not isinstance(checkpoint, dict):
         raise UsageError(f'--teacher {path} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict')
     keys = [k for k in (_EMA_KEYS if use_ema else _STATE_KEYS) if isinstance(checkpoint.get(k), dict)]
@@ -53,26 +49,3 @@ def read_weights_file(path: Path, use_ema: bool = False) -> WeightsFile:
         args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {},
         arch=checkpoint.get('arch') if keys else None,
     )
-
-
-def _load(path: Path) -> Any:
-    try:
-        if path.suffix == '.safetensors':
-            return safetensors.torch.load_file(path)
-        # timm's script keeps its flags as a Namespace, a plain holder of values
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError as error:
-        raise UsageError(f'--teacher {path}: no such file') from error
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r'GLOBAL (\S+)', str(error))
-        if wanted:
-            raise UsageError(
-                f'--teacher {path} is a pickle that asks for {wanted[1]}, so loading it could run code; it was '
-                'refused. Save the state_dict() of the model alone, best as .safetensors'
-            ) from error
-        raise UsageError(f'--teacher {path} is not a checkpoint: it is no PyTorch file') from error
-    except (SafetensorError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UsageError(
-            f'--teacher {path} cannot be read, it is truncated or not a checkpoint ({shortened(error)})'
-        ) from error

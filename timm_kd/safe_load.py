@@ -1,0 +1,47 @@
+"""Files of weights, read without running code that may be in them."""
+import argparse
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from .errors import UsageError, shortened
+
+
+def load_file(path: str | Path, flag: str, mmap: bool = False) -> Any:
+    """Reads `.safetensors`, or a PyTorch file with `weights_only`, to the CPU.
+
+    Args:
+        path: The file.
+        flag: The flag that names it, for the message.
+        mmap: Leave the tensors of a PyTorch file on disk until they are used.
+
+    Raises:
+        UsageError: If the file is missing, truncated, no checkpoint, or would run code when loaded.
+    """
+    try:
+        if Path(path).suffix == '.safetensors':
+            return safetensors.torch.load_file(path)
+        # timm's script keeps its flags as a Namespace, a plain holder of values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # a file of torch before 1.6 is no zip archive, and cannot be mapped
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except FileNotFoundError as error:
+        raise UsageError(f'{flag} {path}: no such file') from error
+    except (pickle.UnpicklingError, LookupError) as error:  # a text file ends in a KeyError
+        wanted = re.search(r'GLOBAL (\S+)', str(error))
+        if wanted:
+            raise UsageError(
+                f'{flag} {path} is a pickle that asks for {wanted[1]}, so loading it could run code; it was '
+                'refused. Save the state_dict() of the model alone, best as .safetensors'
+            ) from error
+        raise UsageError(f'{flag} {path} is not a checkpoint: it is no PyTorch file') from error
+    except (SafetensorError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f'{flag} {path} cannot be read, it is truncated or not a checkpoint ({shortened(error)})'
+        ) from error
