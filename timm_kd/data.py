@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import ImageMode
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -163,7 +164,7 @@ def _create_dataset(args: argparse.Namespace, data_config: DataConfig, training:
     root = args.data_dir or args.data
     if not args.dataset:
         _check_folder(root, split, '--train-split' if training else '--val-split')
-    input_img_mode = args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
+    input_img_mode = _image_mode(args, data_config['input_size'][0])
     options = dict(repeats=args.epoch_repeats) if training else {}
     try:
         return create_dataset(
@@ -184,6 +185,20 @@ def _create_dataset(args: argparse.Namespace, data_config: DataConfig, training:
         )
     except (RuntimeError, AssertionError, FileNotFoundError, ImportError, ValueError) as error:
         raise UsageError(f'--data-dir {root}, split {split!r}, --dataset {args.dataset!r}: {error}') from error
+
+
+def _image_mode(args: argparse.Namespace, channels: int) -> str:
+    """Returns the PIL mode of the images, timm's default for the model's channels where no flag says."""
+    mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError as error:
+        raise UsageError(f'--input-img-mode {mode}: PIL knows no such mode; RGB, L, RGBA, ... are needed.') from error
+    if bands != channels:
+        raise UsageError(
+            f'images of mode {mode} have {bands} channels, --model {args.model} takes {channels}: set --in-chans or '
+            '--input-img-mode.')
+    return mode
 
 
 def _check_folder(root: str, split: str, flag: str) -> None:

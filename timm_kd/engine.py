@@ -291,5 +291,6 @@ def _report_teacher(teacher: nn.Module, metrics: OrderedDict[str, float], image_
     chance = 100 / teacher.num_classes
     if metrics['top1'] <= chance:
         _logger.warning(
-            f'--teacher {teacher.source} is no better than chance (top-1 {metrics["top1"]:.2f} %, chance {chance:.2f} %): '
-            'its classes are usually in another order than the data set has them (--class-map, --teacher-class-map).')
+            f'--teacher {teacher.source} is no better than chance (top-1 {metrics["top1"]:.2f} %, chance '
+            f'{chance:.2f} %): its classes are usually in another order than the data set has them (--class-map, '
+            '--teacher-class-map).')

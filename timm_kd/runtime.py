@@ -23,10 +23,14 @@ def setup_device(args: argparse.Namespace, device_given: bool) -> torch.device:
     Sets `device`, `distributed`, `world_size`, `rank` and `local_rank` of `args`.
 
     Raises:
-        UsageError: If the device does not exist. Without `--device`, a machine without a GPU trains on its CPU.
+        UsageError: If the device or a module for it does not exist. Without `--device`, a machine without a
+            GPU trains on its CPU.
     """
     for module in args.device_modules or []:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(f'--device-modules {module}: {error}') from error
     if args.device.split(':')[0] == 'cuda' and not torch.cuda.is_available():
         if device_given:
             raise UsageError(f'--device {args.device}: torch finds no CUDA device; --device cpu trains without one.')
@@ -73,7 +77,7 @@ def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable[
     if args.amp_dtype not in ('float16', 'bfloat16'):
         raise UsageError(f'--amp-dtype {args.amp_dtype}: float16 or bfloat16 is needed.')
     if args.model_dtype not in (None, '', 'float32'):
-        raise UsageError(f'--amp with --model-dtype {args.model_dtype}: AMP needs float32 weights, so drop one of them.')
+        raise UsageError(f'--amp with --model-dtype {args.model_dtype}: AMP needs float32 weights, drop one of them.')
     _logger.info(f'Using native Torch AMP ({args.amp_dtype}). Training in mixed precision.')
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
 

@@ -207,7 +207,10 @@ def _output_dir(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
         safe_model_name(args.model),
         str(data_config['input_size'][-1]),
     ])
-    return get_outdir(args.output or './output/train', name)
+    try:
+        return get_outdir(args.output or './output/train', name)
+    except OSError as error:
+        raise UsageError(f'--output {args.output or "./output/train"}: {error}') from error
 
 
 def _locate_checkpoint(args: argparse.Namespace, output_dir: str | None) -> _ResumePoint:

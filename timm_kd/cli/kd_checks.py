@@ -85,8 +85,8 @@ def _check_teacher(args: argparse.Namespace, settings: KDSettings) -> None:
     if not any(os.path.isfile(spec) for spec in specs):
         for dest in ('teacher_model', 'teacher_ema'):
             if getattr(args, dest):
-                raise UsageError(f'{as_given(dest, getattr(args, dest))}: is for a teacher that is a weights file, '
-                                 f'and {_teacher_flag(args)} is none')
+                raise UsageError(f'{_teacher_flag(args)} is no file, and {as_given(dest, getattr(args, dest))} '
+                                 'is for a teacher that is a weights file')
     if args.teacher_dtype == 'amp' and not args.amp:
         raise UsageError('--teacher-dtype amp: is the autocast of the student, add --amp or choose a dtype')
     if args.teacher_class_map_missing == 'mask' and not args.teacher_class_map:
