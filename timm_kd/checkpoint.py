@@ -155,21 +155,19 @@ def find_resume_point(folder: str | Path, run_id: str | None, replayable: bool) 
         replayable: Whether the data of an epoch can be taken up in its middle. Where it cannot, a recovery file
             counts only if its epoch's training was complete.
     """
-    last = Path(folder, 'last.pth.tar')
-    for path in [*reversed(find_recoveries(folder)), last]:
-        if not path.exists():
-            continue
-        checkpoint = read_checkpoint(path, '--resume auto:')
-        state = run_state_of(checkpoint)
-        if run_id and state.get('run_id') != run_id:
-            _logger.warning(f'--resume auto: {path} is of another run in the same folder; passed over.')
-        elif path == last:
-            return path
-        elif last.exists() and checkpoint['epoch'] <= read_checkpoint(last, '--resume auto:')['epoch']:
-            return last
-        elif (replayable and 'batch' in state) or state.get('epoch_trained'):
-            return path
-    return None
+    def furthest(paths: list[Path]) -> tuple[Path | None, int]:
+        for path in reversed(paths):
+            checkpoint = read_checkpoint(path, '--resume auto:')
+            state = run_state_of(checkpoint)
+            if run_id and state.get('run_id') != run_id:
+                _logger.warning(f'--resume auto: {path} is of another run in the same folder; passed over.')
+            elif 'batch' not in state or replayable or state['epoch_trained']:
+                return path, checkpoint['epoch']
+        return None, -1
+
+    last, last_epoch = furthest([path for path in [Path(folder, 'last.pth.tar')] if path.exists()])
+    recovery, recovery_epoch = furthest(find_recoveries(folder))
+    return recovery if recovery_epoch > last_epoch else last
 
 
 def resume(
