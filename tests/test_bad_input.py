@@ -1,0 +1,250 @@
+"""What the script answers to input that cannot work: one line that names the flag and its value, and exit code 2."""
+import os
+import pickle
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_kd.train import main
+
+BASE = '--model test_resnet --num-classes 10 --img-size 32 --device cpu --epochs 1 --batch-size 32 --workers 0'
+FILE = '--teacher-model test_resnet --teacher {bad}/'
+
+REFUSED = {
+    # the teacher that a loss needs, or has no use for
+    'kd without teacher': ('--kd-loss kd', '--kd-loss kd needs a teacher', '--teacher SPEC', 'tfnkd'),
+    'dkd without teacher': ('--kd-loss dkd', '--kd-loss dkd needs a teacher', '--teacher SPEC'),
+    'nkd without teacher': ('--kd-loss nkd', '--kd-loss nkd needs a teacher', '--teacher SPEC'),
+    'teacher for tfnkd': ('--kd-loss tfnkd --teacher {teacher}', '--teacher {teacher}', '--kd-loss tfnkd'),
+    'two teachers by two flags': (
+        '--kd-model-name resnet34 --teacher {teacher}', '--kd-model-name resnet34', '--teacher {teacher}',
+    ),
+    'teacher flag without teacher': ('--no-teacher-eval', '--no-teacher-eval', 'add --teacher SPEC'),
+    # the student
+    'distilled DeiT': (
+        '--model deit_tiny_distilled_patch16_224 --teacher {teacher}',
+        '--model deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224',
+    ),
+    'student of two outputs': (
+        '--model inception_v3 --model-kwargs aux_logits=True --img-size 299 --batch-size 2 --kd-loss tfnkd',
+        '--model inception_v3 returns a tuple', '--model-kwargs',
+    ),
+    'student of unpooled features': ("--gp '' --kd-loss tfnkd", '--model test_resnet fails on images of 3x32x32'),
+    'unknown student': ('--model resnt50', '--model resnt50', 'resnet50'),
+    'unknown model argument': ('--model-kwargs depth=3', '--model test_resnet', "'depth'"),
+    # the teacher
+    'other class count': (
+        '--teacher {teacher} --num-classes 12', '--teacher {teacher} has 10 classes, the student 12',
+        '--teacher-class-map',
+    ),
+    'other class count of timm': (
+        '--teacher resnet34.tv_in1k', '--teacher resnet34.tv_in1k has 1000 classes, the student 10',
+    ),
+    'unknown teacher': ('--teacher resnet3', '--teacher resnet3', 'did you mean resnet34'),
+    'unknown tag': ('--teacher resnet34.tv_in1', '--teacher resnet34.tv_in1', 'resnet34.tv_in1k'),
+    'file without its architecture': ('--teacher {bad}/vit.pth', '--teacher {bad}/vit.pth needs --teacher-model'),
+    'missing file': (f'{FILE}none.pth', '--teacher {bad}/none.pth is no file'),
+    'missing file without architecture': ('--teacher {bad}/none.pth', '--teacher {bad}/none.pth: no such file'),
+    'missing folder': ('--teacher local-dir:{bad}/none', '--teacher local-dir:{bad}/none: no such folder'),
+    'truncated file': (f'{FILE}truncated.pth', '--teacher {bad}/truncated.pth cannot be read, it is truncated'),
+    'truncated safetensors': (
+        f'{FILE}truncated.safetensors', '--teacher {bad}/truncated.safetensors cannot be read, it is truncated',
+    ),
+    'text file': (f'{FILE}text.pth', '--teacher {bad}/text.pth is not a checkpoint'),
+    'empty file': (f'{FILE}empty.pth', '--teacher {bad}/empty.pth cannot be read'),
+    'file of a list': (f'{FILE}list.pth', '--teacher {bad}/list.pth holds a list'),
+    'file of another architecture': (
+        f'{FILE}vit.pth', '--teacher {bad}/vit.pth does not fit --teacher-model test_resnet',
+    ),
+    'file of a whole model': (f'{FILE}whole.pth', '--teacher {bad}/whole.pth', 'ResNet', 'state_dict()'),
+    # hyper-parameters
+    'gamma for kd': ('--teacher {teacher} --kd-gamma 1', '--kd-gamma 1.0: no parameter of kd', '--kd-temperature'),
+    'alpha for nkd': (
+        '--kd-loss nkd --teacher {teacher} --kd-alpha 2', '--kd-alpha 2.0: no parameter of nkd', '--kd-gamma',
+    ),
+    'temperature for tfnkd': (
+        '--kd-loss tfnkd --kd-temperature 2', '--kd-temperature 2.0: no parameter of tfnkd',
+    ),
+    'temperature 0': ('--teacher {teacher} --kd-temperature 0', '--kd-temperature 0.0', 'above 0'),
+    'temperature below 0': ('--teacher {teacher} --kd-temperature -1', '--kd-temperature -1.0', 'above 0'),
+    'temperature nan': ('--teacher {teacher} --kd-temperature nan', '--kd-temperature nan', 'finite'),
+    'hyper-parameter without distillation': ('--kd-temperature 2', '--kd-temperature 2.0', '--teacher', '--kd-loss'),
+    # data
+    'more classes than the model': ('--num-classes 7', '{digits}: 10 classes', '--num-classes 7'),
+    'split that is not there': ('--val-split val2', '--val-split val2', 'train, validation'),
+    'batch that is never full': ('--batch-size 500', '--batch-size 500', '160 training images'),
+    'images of other channels': ('--in-chans 5', 'images of mode L have 1 channels', '--in-chans'),
+    'repeats in one process': ('--aug-repeats 3', '--aug-repeats 3', 'torchrun'),
+    'missing class map': ('--class-map none.txt', '--class-map none.txt: no such file'),
+    # what is not supported, alone or beside distillation
+    'augmentation splits with a KD loss': (
+        '--aug-splits 3 --teacher {teacher}', '--aug-splits 3: does not go with distillation', '--kd-loss kd',
+    ),
+    'JSD with a KD loss': ('--aug-splits 3 --jsd-loss --kd-loss tfnkd', '--jsd-loss', '--kd-loss tfnkd'),
+    'NaFlex loader': ('--naflex-loader', '--naflex-loader: NaFlex data is not supported'),
+    'NaFlex option': ('--naflex-max-seq-len 99', '--naflex-max-seq-len 99: NaFlex data is not supported'),
+    'multi-label task': ('--task multilabel', '--task multilabel: multi-label training is not supported'),
+    'multi-label targets': ('--target-format multihot', '--target-format multihot: multi-label'),
+    'multi-label loss': ('--loss asl', '--loss asl', 'ce, bce, jsd'),
+    'feature distillation': (
+        '--teacher {teacher} --kd-distill-type feature', '--kd-distill-type feature', 'not supported',
+    ),
+    'token distillation': ('--teacher {teacher} --kd-distill-type token', '--kd-distill-type token', 'not supported'),
+    # weights to start from
+    'resume from nothing': ('--resume {bad}/none.pth', '--resume {bad}/none.pth: no such file'),
+    'resume truncated': ('--resume {bad}/truncated.pth', '--resume {bad}/truncated.pth cannot be read'),
+    'resume text': ('--resume {bad}/text.pth', '--resume {bad}/text.pth is not a checkpoint'),
+    'resume another model': ('--resume {bad}/vit.pth', '--resume {bad}/vit.pth: does not fit --model'),
+    'resume auto of no run': ('--resume auto', '--resume auto needs --experiment'),
+    'start from nothing': (
+        '--initial-checkpoint {bad}/none.pth', '--initial-checkpoint {bad}/none.pth: no such file',
+    ),
+    'start from truncated': (
+        '--initial-checkpoint {bad}/truncated.pth', '--initial-checkpoint {bad}/truncated.pth cannot be read',
+    ),
+    'start from another model': (
+        '--initial-checkpoint {bad}/vit.pth', '--initial-checkpoint {bad}/vit.pth does not fit --model test_resnet',
+    ),
+    'pretrained truncated': (
+        '--pretrained --pretrained-path {bad}/truncated.pth', '--pretrained-path {bad}/truncated.pth cannot be read',
+    ),
+    # the machine
+    'no such device': ('--device cuda:99', '--device cuda:99'),
+    'output that cannot be': ('--output {bad}/text.pth', '--output {bad}/text.pth'),
+}
+
+
+class RunsCode:
+    """Unpickles by calling `os.system`, which leaves a file behind."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f'touch {shlex.quote(str(self.marker))}',)
+
+
+@pytest.fixture(scope='session')
+def bad(tmp_path_factory: pytest.TempPathFactory, digits_teacher: Path) -> Path:
+    """A folder of files that are no weights for a `test_resnet` of 10 classes."""
+    folder = tmp_path_factory.mktemp('bad')
+    good = timm.create_model('test_resnet', num_classes=10)
+    torch.save(good, folder / 'whole.pth')
+    torch.save(good.state_dict(), folder / 'truncated.pth')
+    for path in (folder / 'truncated.pth', shutil.copy(digits_teacher / 'model.safetensors', folder)):
+        Path(folder, f'truncated{Path(path).suffix}').write_bytes(Path(path).read_bytes()[:100_000])
+    torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), folder / 'vit.pth')
+    torch.save([1, 2], folder / 'list.pth')
+    (folder / 'text.pth').write_text('hello')
+    (folder / 'empty.pth').touch()
+    return folder
+
+
+@pytest.fixture
+def refuse(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs the script in vain, and returns the one line that it says."""
+    def run(flags: str, data: Path = digits) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([str(data), *shlex.split(f'{BASE} --output {tmp_path / "output"} {flags}')])
+        output = capsys.readouterr()
+        assert stop.value.code == 2
+        assert not [path for path in (tmp_path / 'output').rglob('*') if path.is_file()], 'something was written'
+        assert output.out == ''
+        assert output.err.startswith('train-kd: error: ') and output.err.count('\n') == 1
+        return output.err
+    return run
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refused_in_one_line_that_names_flag_and_value(case, refuse, bad, digits, digits_teacher):
+    def fill(text: str) -> str:
+        return text.format(bad=bad, digits=digits, teacher=digits_teacher)
+
+    flags, *words = REFUSED[case]
+    message = refuse(fill(flags))
+    assert [word for word in words if fill(word) not in message] == []
+
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
+@pytest.mark.parametrize('flags', [
+    '--teacher-model test_resnet --teacher',
+    '--resume',
+    '--initial-checkpoint',
+    '--pretrained --pretrained-path',
+])
+def test_pickle_that_would_run_code_runs_nothing(flags, zipped, refuse, tmp_path):
+    marker, path = tmp_path / 'marker', tmp_path / 'weights.pth'
+    weights = timm.create_model('test_resnet', num_classes=10).state_dict()
+    torch.save({'state_dict': weights, 'extra': RunsCode(marker)}, path, _use_new_zipfile_serialization=zipped)
+    message = refuse(f'{flags} {path}')
+    assert not marker.exists()
+    assert f'{flags.split()[-1]} {path}' in message and 'it was refused' in message
+
+
+@pytest.mark.parametrize('name', ['weights.safetensors', 'weights.pth'])
+def test_bare_pickle_runs_nothing_whatever_its_name(name, refuse, tmp_path):
+    marker, path = tmp_path / 'marker', tmp_path / name
+    path.write_bytes(pickle.dumps(RunsCode(marker), protocol=2))
+    message = refuse(f'--teacher-model test_resnet --teacher {path}')
+    assert not marker.exists()
+    assert f'--teacher {path}' in message
+
+
+def test_pickle_in_a_teachers_folder_runs_nothing(refuse, tmp_path, digits_teacher):
+    marker, folder = tmp_path / 'marker', tmp_path / 'teacher'
+    folder.mkdir()
+    shutil.copy(digits_teacher / 'config.json', folder)
+    torch.save({'fc.bias': RunsCode(marker)}, folder / 'pytorch_model.bin')
+    message = refuse(f'--teacher {folder}')
+    assert not marker.exists()
+    assert f'--teacher {folder}' in message
+
+
+def test_pickles_of_these_tests_do_run_code_where_nothing_holds_them_back(tmp_path):
+    marker = tmp_path / 'marker'
+    pickle.loads(pickle.dumps(RunsCode(marker)))
+    assert marker.exists()
+
+
+def test_data_folder_that_is_missing_is_named(refuse, tmp_path):
+    assert f'data folder {tmp_path / "none"} does not exist' in refuse('', tmp_path / 'none')
+
+
+def test_data_folder_without_images_is_named(refuse, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    assert f'{tmp_path / "empty"}' in refuse('', tmp_path / 'empty')
+
+
+def test_data_folder_without_class_folders_is_named(refuse, tmp_path, digits):
+    flat = tmp_path / 'flat'
+    for split in ('train', 'validation'):
+        shutil.copytree(digits / split / '0', flat / split)
+    message = refuse('', flat)
+    assert f'data folder {flat}' in message and 'no class folders' in message
+
+
+def test_fewer_classes_than_the_model_are_a_warning_with_both_numbers(digits, tmp_path, caplog):
+    flags = f'{BASE} --num-classes 12 --output {tmp_path} --val-split "" --opt momentum --lr 0.01'
+    main([str(digits), *shlex.split(flags)])
+    warnings = [record.message for record in caplog.records if record.levelname == 'WARNING']
+    assert any('has 10 classes, the model 12' in warning and '--num-classes' in warning for warning in warnings)
+
+
+def test_config_value_of_a_wrong_type_names_file_key_and_value(refuse, tmp_path):
+    config = tmp_path / 'recipe.yaml'
+    config.write_text('kd_loss: tfnkd\nbatch_size: many\n')
+    message = refuse(f'--config {config}')
+    assert str(config) in message and 'batch_size' in message and "'many'" in message
+
+
+def test_machine_without_a_gpu_trains_on_its_cpu_with_a_warning(digits, tmp_path, caplog):
+    if torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    flags = BASE.replace('--device cpu ', '')
+    main([str(digits), *shlex.split(f'{flags} --output {tmp_path} --val-split "" --opt momentum --lr 0.01')])
+    assert any('No GPU found' in record.message for record in caplog.records if record.levelname == 'WARNING')
