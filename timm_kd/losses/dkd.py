@@ -75,8 +75,8 @@ class DKDLoss(DistillationLoss):
         # p_student = q_student * share of the rest; over the partition, d KL(b_t || b_s) = b_s - b_t.
         shift = self.alpha * (student_split.log_parts.exp() - teacher_split.log_parts.exp())
         beta = self.beta * any_rest
-        gradient = student_split.rest.probs.mul_(shift[:, :1] + beta).sub_(teacher_split.rest.probs.mul_(beta))
-        gradient.scatter_add_(1, labels.index, shift[:, 1:])
+        gradient = student_split.rest.probs.mul_(shift[:, :1] + beta)
+        gradient.addcmul_(teacher_split.rest.probs, beta, value=-1).scatter_add_(1, labels.index, shift[:, 1:])
         if self.logit_std:
             gradient = standardize_backward_(gradient, raw)
         return result, gradient, self.temperature * scale

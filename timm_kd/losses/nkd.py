@@ -75,8 +75,8 @@ class NKDLoss(DistillationLoss):
         # p_student = q_student * share of the rest; at the target p - 1 is minus that share.
         pull = p_target * student_split.log_parts[:, :1].exp()
         gamma = self.gamma * teacher_split.has_rest()
-        gradient = student_split.rest.probs.mul_(gamma + pull).sub_(teacher_split.rest.probs.mul_(gamma))
-        gradient.scatter_add_(1, labels.index, -pull)
+        gradient = student_split.rest.probs.mul_(gamma + pull)
+        gradient.addcmul_(teacher_split.rest.probs, gamma, value=-1).scatter_add_(1, labels.index, -pull)
         return -p_target * student_split.log_parts[:, 1:], distributed, gradient
 
     def _rows(
