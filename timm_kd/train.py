@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         if args.distributed:
             task.prepare_distributed(
                 device_ids=None if device.type == 'cpu' else [device],
-                broadcast_buffers=not args.no_ddp_bb,
+                **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}),
             )
         if args.start_epoch is None and not args.no_resume_opt:
             loop.restore(point.state, point.same_epoch)
