@@ -3,6 +3,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -19,6 +20,7 @@ from timm_kd.replay import make_replayable
 from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from timm_kd.teacher_cache.epoch_file import EpochFile, epoch_file_size
+from timm_kd.teacher_cache.fingerprint import fingerprint_dataset, fingerprint_teacher
 
 NUM_CLASSES, PER_CLASS, SIZE = 10, 4, 32
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
@@ -261,6 +263,33 @@ def image_folder(tmp_path_factory):
         for number in range(PER_CLASS):
             Image.fromarray(pixels.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(path / f'{number}.png')
     return root
+
+
+def test_a_data_set_is_known_by_its_files_wherever_it_lies(tmp_path, image_folder):
+    def fingerprint(root):
+        return fingerprint_dataset(create_dataset('', root=str(root), split='train'))
+
+    original = fingerprint(image_folder)
+    moved = shutil.copytree(image_folder, tmp_path / 'moved')
+    assert fingerprint(moved) == original
+    changed = moved / 'train' / '0' / '0.png'
+    changed.write_bytes(changed.read_bytes() + b'0')
+    assert fingerprint(moved)['sizes'] != original['sizes']
+    changed.rename(moved / 'train' / '0' / 'other.png')
+    assert fingerprint(moved)['files'] != original['files']
+    (moved / 'train' / '9').rename(moved / 'train' / 'A')
+    assert fingerprint(moved)['classes'] != original['classes']
+
+
+def test_a_teacher_is_known_by_its_weights(tmp_path):
+    weights = tmp_path / 'teacher.pth'
+    weights.write_bytes(b'one')
+    first = fingerprint_teacher(str(weights))
+    assert fingerprint_teacher(str(weights)) == first
+    weights.write_bytes(b'two')
+    assert fingerprint_teacher(str(weights)) != first
+    tagged, other = (fingerprint_teacher(f'resnet34.{tag}') for tag in ('tv_in1k', 'a1_in1k'))
+    assert tagged['weights'] != other['weights']
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,6 @@
 """A teacher that remembers: stored logits where there are any, else the live teacher's, which are stored."""
 import json
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from ..replay import ReplayBatchSampler
 from .epoch_file import EpochFile
 from .layout import RowLayout
 from .store import CacheFolder
+
+_logger = logging.getLogger(__name__)
 
 _MAX_PENDING = 2
 
@@ -179,7 +182,11 @@ class CachedTeacher(nn.Module):
             stored = self.folder.load_validation()
             # Ranks are padded with the first samples to equal numbers.
             own = np.arange(rank, -(-count // world_size) * world_size, world_size) % count
-            return json.loads(str(stored['metrics'])), torch.from_numpy(stored['predictions'][own]).to(self.device)
+            metrics = json.loads(str(stored['metrics']))
+            for member, result in zip(self.members, metrics, strict=True):
+                top1, top5 = result['top1'], result['top5']
+                _logger.info(f'Teacher {member.source}: top-1 {top1:.2f} %, top-5 {top5:.2f} % when it was evaluated')
+            return metrics, torch.from_numpy(stored['predictions'][own]).to(self.device)
         metrics, predictions = evaluate()
         parts = [predictions]
         if world_size > 1:
