@@ -1,7 +1,7 @@
 """The rows of one epoch in one memory-mapped file that a kill or a power failure leaves readable.
 
-    page 0      byte 0: 1 while rows may not have reached the disk
-    then        uint32 [N]: CRC-32 of each row, 0 where the row is absent
+    4096 bytes  byte 0: 1 while rows may not have reached the disk
+    then        uint32 [N]: CRC-32 of each row, 0 where the row is absent, to a multiple of 4096 bytes
     then        the rows, N * row_bytes
 
 A row is written before its checksum. A killed process therefore loses the batch it was writing and no other: what is in
@@ -24,7 +24,7 @@ from ..errors import UsageError
 
 _logger = logging.getLogger(__name__)
 
-_PAGE = mmap.ALLOCATIONGRANULARITY
+_PAGE = 4096  # of the file; a machine's own may be larger
 _ROWS_AT_ONCE = 4096
 
 
@@ -97,7 +97,7 @@ class EpochFile:
     def prefetch(self, rows: np.ndarray) -> None:
         """Have the kernel read rows from disk in the background."""
         for row in rows.tolist():
-            start = (self._rows_at + row * self.row_bytes) // _PAGE * _PAGE
+            start = (self._rows_at + row * self.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, start, self._rows_at + (row + 1) * self.row_bytes - start)
 
     def write(self, rows: np.ndarray, data: np.ndarray) -> None:
