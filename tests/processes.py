@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the server reads it when it imports torch
 _context = multiprocessing.get_context('forkserver')
-_context.set_forkserver_preload(['timm_kd.train', 'timm_kd.demo'])
+_context.set_forkserver_preload(['timm_kd.train'])
 
 
 class Run:

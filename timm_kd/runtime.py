@@ -2,19 +2,37 @@
 import argparse
 import importlib
 import logging
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from timm.utils import NativeScaler, init_distributed_device
+from torch.distributed import register_rendezvous_handler, rendezvous
 
 from .errors import UsageError
 
 _logger = logging.getLogger(__name__)
 
 EXIT_SIGTERM = 128 + signal.SIGTERM
+
+_RESTARTED = 'timm-kd-restarted'
+
+
+def _rendezvous_of_this_start(url: str, **kwargs: Any) -> Iterator[tuple[torch.distributed.Store, int, int]]:
+    """torch's `env://`, under keys of this start of the workers.
+
+    torchrun's agent keeps one store over its restarts, where a restarted rank may find the address of a dead one.
+    """
+    prefix = f'start-{os.environ["TORCHELASTIC_RESTART_COUNT"]}'
+    for store, rank, world_size in rendezvous('env://', **kwargs):
+        yield torch.distributed.PrefixStore(prefix, store), rank, world_size
+
+
+register_rendezvous_handler(_RESTARTED, _rendezvous_of_this_start)
 
 
 def setup_device(args: argparse.Namespace, device_given: bool) -> torch.device:
@@ -39,10 +57,14 @@ def setup_device(args: argparse.Namespace, device_given: bool) -> torch.device:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    if 'TORCHELASTIC_RESTART_COUNT' in os.environ:
+        args.dist_url = f'{_RESTARTED}://'
     try:
         device = init_distributed_device(args)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f'--device {args.device}: {error}') from error
+    finally:
+        vars(args).pop('dist_url', None)
     if args.distributed:
         _logger.info(f'Process {args.rank} of {args.world_size} on {args.device}.')
     elif args.rank == 0:

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
             143 after SIGTERM, with a recovery checkpoint on disk.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args, args_text = parse_args(argv)
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
+    args, args_text = parse_args(argv)
     try:
         run(args, args_text, argv)
     except UsageError as error:

@@ -1,0 +1,129 @@
+"""Files of a run on disk: whole or absent, readable by timm, running no code."""
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.task import ClassificationTask
+from timm.utils import CheckpointSaver
+
+from timm_kd.checkpoint import (
+    AtomicSaver,
+    CheckpointWriteError,
+    find_recoveries,
+    find_resume_point,
+    read_checkpoint,
+    run_state_of,
+)
+from timm_kd.errors import UsageError
+
+
+def make_saver(folder: Path, cls: type = AtomicSaver, max_history: int = 2) -> CheckpointSaver:
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saver = cls(
+        model, optimizer, task=ClassificationTask(model, verbose=False), checkpoint_dir=str(folder),
+        recovery_dir=str(folder), max_history=max_history)
+    saver.run_state = {'run_id': 'a', 'random': [], 'history': []}
+    return saver
+
+
+def test_history_and_best_are_those_of_timms_saver(tmp_path):
+    metrics = [3.0, 1.0, 5.0, 5.0, None, 2.0]
+    for name, cls in (('ours', AtomicSaver), ('timm', CheckpointSaver)):
+        (tmp_path / name).mkdir()
+        saver = make_saver(tmp_path / name, cls)
+        for epoch, metric in enumerate(metrics):
+            best = saver.save_checkpoint(epoch, metric)
+        assert best == (5.0, 2)
+    assert sorted(os.listdir(tmp_path / 'ours')) == sorted(os.listdir(tmp_path / 'timm'))
+    for name in os.listdir(tmp_path / 'timm'):
+        ours, timms = (torch.load(tmp_path / folder / name)['epoch'] for folder in ('ours', 'timm'))
+        assert ours == timms
+
+
+def test_failed_write_is_an_error_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 1.0)
+
+    def full_disk(state, path):
+        Path(path).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', full_disk)
+    with pytest.raises(CheckpointWriteError, match='epoch 1.*No space left.*untouched'):
+        saver.save_checkpoint(1, 2.0)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / 'last.pth.tar')['epoch'] == 0
+    assert sorted(os.listdir(tmp_path)) == ['checkpoint-0.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full on this system')
+def test_full_device_is_an_error_that_says_how_to_go_on(tmp_path):
+    saver = make_saver(tmp_path)
+    (tmp_path / 'tmp.pth.tar').symlink_to('/dev/full')
+    with pytest.raises(CheckpointWriteError, match='--resume auto'):
+        saver.save_checkpoint(0, 1.0)
+
+
+def test_save_that_was_cut_before_its_ranking_is_finished_on_resume(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 1.0)
+    saver.save_checkpoint(1, 2.0)
+    # As a kill leaves it between writing `last` and linking its copies.
+    (tmp_path / 'checkpoint-1.pth.tar').unlink()
+    (tmp_path / 'model_best.pth.tar').unlink()
+    (tmp_path / 'model_best.pth.tar').hardlink_to(tmp_path / 'checkpoint-0.pth.tar')
+    resumed = make_saver(tmp_path)
+    resumed.continue_from(str(tmp_path / 'last.pth.tar'))
+    assert (resumed.best_metric, resumed.best_epoch) == (2.0, 1)
+    assert torch.load(tmp_path / 'model_best.pth.tar')['epoch'] == 1
+    assert torch.load(tmp_path / 'checkpoint-1.pth.tar')['epoch'] == 1
+
+
+def test_recoveries_are_ordered_by_progress_not_by_name(tmp_path):
+    for epoch, update in ((2, 9), (10, 1), (2, 10)):
+        (tmp_path / f'recovery-{epoch}-{update}.pth.tar').touch()
+    assert [path.name for path in find_recoveries(tmp_path)] == [
+        'recovery-2-9.pth.tar', 'recovery-2-10.pth.tar', 'recovery-10-1.pth.tar']
+
+
+def test_newer_of_last_and_recovery_is_taken(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 1.0)
+    saver.run_state = dict(saver.run_state, batch=4, epoch_trained=False, totals={})
+    saver.save_recovery(1, 3)
+    assert find_resume_point(tmp_path, 'a', replayable=True).name == 'recovery-1-3.pth.tar'
+    assert find_resume_point(tmp_path, 'a', replayable=False).name == 'last.pth.tar'
+    saver.run_state = {'run_id': 'a', 'random': [], 'history': []}
+    saver.save_checkpoint(1, 1.0)
+    assert find_resume_point(tmp_path, 'a', replayable=True).name == 'last.pth.tar'
+    assert find_resume_point(tmp_path, 'b', replayable=True) is None
+
+
+def test_run_state_is_read_with_weights_only(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 1.0)
+    assert run_state_of(read_checkpoint(tmp_path / 'last.pth.tar'))['run_id'] == 'a'
+
+
+class RunsCode:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    bomb = tmp_path / 'bomb.pth.tar'
+    bomb.write_bytes(pickle.dumps({'state_dict': RunsCode(tmp_path / 'ran')}))
+    with pytest.raises(UsageError, match='bomb'):
+        read_checkpoint(bomb)
+    torch.save({'state_dict': RunsCode(tmp_path / 'ran')}, bomb)
+    with pytest.raises(UsageError, match='bomb'):
+        read_checkpoint(bomb)
+    assert not (tmp_path / 'ran').exists()

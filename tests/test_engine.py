@@ -1,0 +1,130 @@
+"""The arithmetic of an epoch, beside closed forms and timm's own meters."""
+import pytest
+import torch
+from timm.task import ClassificationTask
+from timm.utils import AverageMeter, NativeScaler
+from torch import nn
+
+from timm_kd.engine import StepSettings, train_one_epoch, validate
+from timm_kd.meters import Agreement, NonFiniteLoss, StepTotals
+from timm_kd.runtime import SkippedSteps
+
+CPU = torch.device('cpu')
+
+
+def batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 3, generator=generator), torch.randint(5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def linear_task() -> ClassificationTask:
+    torch.manual_seed(0)
+    return ClassificationTask(nn.Linear(3, 5), nn.CrossEntropyLoss(), verbose=False)
+
+
+@pytest.mark.parametrize('num_batches, steps, groups', [
+    (7, 4, [4, 3]),  # three remain: each divided by three, and no update among them
+    (11, 4, [4, 4, 3]),
+    (8, 4, [4, 4]),
+    (5, 1, [1] * 5),
+])
+def test_accumulated_update_is_one_step_on_the_mean_gradient_of_its_batches(num_batches, steps, groups):
+    data = batches(num_batches)
+    task, expected = linear_task(), linear_task()
+    train_one_epoch(
+        task, data, torch.optim.SGD(task.parameters(), lr=0.5), 0,
+        StepSettings(CPU, prefetched=False, grad_accum_steps=steps), StepTotals(CPU))
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.5)
+    remaining = iter(data)
+    for group in groups:
+        optimizer.zero_grad()
+        (sum(expected(*next(remaining))['loss'] for _ in range(group)) / group).backward()
+        optimizer.step()
+    torch.testing.assert_close(task.trainable_module.weight, expected.trainable_module.weight)
+
+
+def test_train_loss_is_that_of_timms_meter_bit_for_bit():
+    data = [*batches(6), *batches(1, size=3)]
+    task, meter, totals = linear_task(), AverageMeter(), StepTotals(CPU)
+    with torch.no_grad():
+        for input, target in data:
+            meter.update(task(input, target)['loss'].item(), len(input))
+    train_one_epoch(
+        task, data, torch.optim.SGD(task.parameters(), lr=0.0), 0, StepSettings(CPU, prefetched=False), totals)
+    assert totals.averages()['loss'] == meter.avg
+
+
+@pytest.mark.parametrize('scale, factor', [('none', 1.0), ('sqrt', 0.5 ** 0.5), ('linear', 0.5)])
+def test_batch_loss_scale_follows_the_batch_size(scale, factor):
+    settings = StepSettings(CPU, batch_loss_scale=scale, reference_batch_size=8)
+    assert settings.loss_scale(4) == factor
+
+
+class Diverging(ClassificationTask):
+    """Its loss and the part that makes it up turn NaN in the fourth batch."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 5), nn.CrossEntropyLoss(), verbose=False)
+        self.calls = 0
+
+    def forward(self, input, target):
+        result = super().forward(input, target)
+        self.calls += 1
+        factor = float('nan') if self.calls >= 4 else 1.0
+        loss = result['loss']
+        return {**result, 'loss': loss * factor, 'task_loss': loss, 'kd_loss': loss * factor}
+
+
+def test_non_finite_loss_names_epoch_batch_and_component():
+    task, totals = Diverging(), StepTotals(CPU)
+    train_one_epoch(
+        task, batches(6), torch.optim.SGD(task.parameters(), lr=0.1), 2, StepSettings(CPU, prefetched=False), totals)
+    with pytest.raises(NonFiniteLoss, match='epoch 2, batch 3: kd_loss'):
+        totals.check_finite(2)
+
+
+def test_loss_scaler_may_skip_a_few_batches_in_a_row():
+    task, totals = Diverging(), StepTotals(CPU)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    skipped, counts = SkippedSteps(optimizer), []
+    train_one_epoch(
+        task, batches(6), optimizer, 0, StepSettings(CPU, prefetched=False), totals, loss_scaler=NativeScaler('cpu'),
+        on_update=lambda progress: counts.append(skipped.count_update()))
+    assert counts == [0, 0, 0, 1, 2, 3]
+    totals.check_finite(0, allowed_in_a_row=4)
+    with pytest.raises(NonFiniteLoss):
+        totals.check_finite(0, allowed_in_a_row=3)
+
+
+def test_interrupted_totals_go_on_where_they_stopped():
+    task, whole, first, second = linear_task(), StepTotals(CPU), StepTotals(CPU), StepTotals(CPU)
+    for index, (input, target) in enumerate(batches(4)):
+        result = task(input, target)
+        whole.update(result, result['loss'], 1, index, len(input))
+        if index == 2:
+            second.load_state_dict(first.state_dict())
+        (first if index < 2 else second).update(result, result['loss'], 1, index, len(input))
+    assert second.averages() == whole.averages()
+
+
+def test_validation_counts_every_sample_once():
+    model = linear_task().trainable_module
+    data = [*batches(2), *batches(1, size=3)]
+    input, target = (torch.cat(parts) for parts in zip(*data, strict=True))
+    evaluator = linear_task().create_evaluator()
+    metrics = validate(model, data, evaluator, StepSettings(CPU, prefetched=False))
+    with torch.no_grad():
+        output = model(input)
+    assert metrics['top1'] == pytest.approx(100 * (output.argmax(1) == target).double().mean().item())
+    assert metrics['loss'] == pytest.approx(nn.functional.cross_entropy(output, target).item(), rel=1e-6)
+
+
+def test_agreement_ignores_the_padding_of_a_distributed_sampler():
+    loader = type('Loader', (), {'sampler': type('Sampler', (), {'num_valid_samples': 3})})
+    agreement = Agreement(torch.tensor([0, 1, 2, 2]), loader)
+    agreement.add(0, torch.eye(3)[[0, 1]])
+    agreement.add(1, torch.eye(3)[[0, 2]])
+    assert agreement.percent() == pytest.approx(200 / 3)
