@@ -65,7 +65,9 @@ class RunLog:
         """Opens the progress bar, where stderr is a terminal that can show one."""
         if self.primary and sys.stderr.isatty():
             self._stack.enter_context(logging_redirect_tqdm())
-            self._bar = self._stack.enter_context(tqdm(total=total_updates, unit='step', dynamic_ncols=True))
+            known_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in some containers
+            size = {'dynamic_ncols': True} if known_width else {'ncols': 80, 'nrows': 24}
+            self._bar = self._stack.enter_context(tqdm(total=total_updates, unit='step', **size))
 
     def close(self) -> None:
         """Closes the bar and the writers."""
