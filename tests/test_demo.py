@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from timm_kd import demo
 from timm_kd.cli import parse_args, resolve_kd
-from timm_kd.demo import Result
+from timm_kd.demo.__main__ import LOSSES, main
+from timm_kd.demo.digits import write_digits
+from timm_kd.demo.report import Result, draw_curves, result_table
+from timm_kd.demo.training import BASELINE, CONFIG, read_curve, student_flags, teacher_file, train
 
 ROOT = Path(__file__).parents[1]
 SUMMARY = """\
@@ -24,7 +26,7 @@ epoch,train_loss,eval_loss,eval_top1,eval_top5,lr
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('demo') / 'digits'
-    demo.write_digits(folder, train_images=200, few_images=50)
+    write_digits(folder, train_images=200, few_images=50)
     return folder
 
 
@@ -52,33 +54,33 @@ def test_images_show_the_digits_of_scikit_learn_in_the_folder_of_their_label(dat
 
 
 def test_the_split_is_the_same_each_time(data, tmp_path):
-    demo.write_digits(tmp_path, train_images=200, few_images=50)
+    write_digits(tmp_path, train_images=200, few_images=50)
     assert indices(tmp_path / 'few') == indices(data / 'few')
 
 
-@pytest.mark.parametrize('loss', [demo.BASELINE, *demo.LOSSES])
+@pytest.mark.parametrize('loss', [BASELINE, *LOSSES])
 def test_students_differ_from_the_recipe_in_loss_and_teacher_alone(data, tmp_path, loss):
-    teacher = demo.teacher_file(tmp_path / 'train')
+    teacher = teacher_file(tmp_path / 'train')
     teacher.parent.mkdir(parents=True)
     teacher.touch()
-    recipe = [str(data), '-c', str(ROOT / demo.CONFIG)]
-    plain, _ = parse_args([*recipe, '--seed', '1', '--epochs', '60'])
-    args, _ = parse_args([*recipe, *demo.student_flags(tmp_path, loss, seed=1, epochs=60)])
+    recipe = [str(data), '-c', str(ROOT / CONFIG)]
+    plain, _ = parse_args([*recipe, '--seed', '1'])
+    args, _ = parse_args([*recipe, *student_flags(tmp_path, loss, seed=1)])
     changed = {name for name, value in vars(args).items() if value != getattr(plain, name)}
     assert changed <= {'kd_loss', 'teacher', 'teacher_model'}
     kd = resolve_kd(args)
     assert (kd and (kd.loss, kd.teacher)) == {
-        demo.BASELINE: None, 'nkd': ('nkd', str(teacher)), 'dkd': ('dkd', str(teacher)), 'tfnkd': ('tfnkd', None),
+        BASELINE: None, 'nkd': ('nkd', str(teacher)), 'dkd': ('dkd', str(teacher)), 'tfnkd': ('tfnkd', None),
     }[loss]
 
 
 def test_curve_is_the_top1_of_summary_csv_by_epochs_trained(tmp_path):
     (tmp_path / 'summary.csv').write_text(SUMMARY)
-    assert demo.read_curve(tmp_path) == {10: 61.5, 20: 80.25}
+    assert read_curve(tmp_path) == {10: 61.5, 20: 80.25}
 
 
 def test_table_has_mean_and_standard_deviation_of_the_last_epoch():
-    table = demo.result_table({
+    table = result_table({
         'teacher': [Result({12: 99.5}, 100.0, 40.0)],
         'nkd': [Result({1: 99.0, 2: 90.0}, 88.0, 10.0), Result({1: 99.0, 2: 92.0}, 91.0, 13.0)],
     })
@@ -88,12 +90,12 @@ def test_table_has_mean_and_standard_deviation_of_the_last_epoch():
 
 
 def test_table_is_one_that_markdown_renders():
-    lines = demo.result_table({'teacher': [Result({1: 50.0}, 100.0, 1.0)]}).splitlines()
+    lines = result_table({'teacher': [Result({1: 50.0}, 100.0, 1.0)]}).splitlines()
     assert {line.count('|') for line in lines} == {5} and set(lines[1]) == set('| -')
 
 
 def test_figure_shows_a_line_for_each_loss_and_the_teacher(tmp_path):
-    demo.draw_curves(
+    draw_curves(
         {
             'teacher': [Result({12: 99.0}, 100.0, 1.0)],
             'nkd': [Result({1: 50.0, 2: 90.0}, 88.0, 1.0), Result({1: 60.0, 2: 92.0}, 91.0, 1.0)],
@@ -108,14 +110,14 @@ def test_figure_shows_a_line_for_each_loss_and_the_teacher(tmp_path):
 def test_a_failed_training_ends_the_demo_with_the_end_of_its_log(tmp_path):
     words = [sys.executable, '-c', 'import sys; print("so it broke"); sys.exit(3)']
     with pytest.raises(SystemExit) as stopped:
-        demo.train({'broken': words}, tmp_path)
+        train({'broken': words}, tmp_path)
     assert 'so it broke' in str(stopped.value) and 'code 3' in str(stopped.value)
 
 
 def test_a_folder_that_no_demo_has_made_is_left_alone(tmp_path):
     (tmp_path / 'train').mkdir()
     with pytest.raises(SystemExit, match='name another folder'):
-        demo.main(['--output', str(tmp_path)])
+        main(['--output', str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ['train']
 
 

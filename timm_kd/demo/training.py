@@ -1,0 +1,89 @@
+"""The command lines of the trainings, and running them."""
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from ..losses import KD_LOSSES
+
+CONFIG = 'hparams/digits_demo.yaml'
+TEACHER_MODEL, STUDENT_MODEL = 'test_resnet', 'test_efficientnet'
+BASELINE = 'cross-entropy'
+
+
+def python() -> str:
+    """The interpreter, as one would type it."""
+    return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+
+
+def command(output: Path, experiment: str, flags: Sequence[str]) -> list[str]:
+    """The command line of one training, as it can be repeated by hand in the clone."""
+    return [
+        python(), 'train_kd.py', str(output / 'digits'), '-c', CONFIG, *flags,
+        '--output', str(output / 'train'), '--experiment', experiment,
+    ]
+
+
+def teacher_file(runs: Path) -> Path:
+    """The checkpoint that teaches: the last one, the best would be chosen by the validation images."""
+    return runs / 'teacher' / 'last.pth.tar'
+
+
+def teacher_flags() -> list[str]:
+    """The flags of the teacher beyond the recipe of the students."""
+    return ['--model', TEACHER_MODEL, '--train-split', 'train', '--batch-size', '50', '--epochs', '12']
+
+
+def student_flags(output: Path, loss: str, seed: int) -> list[str]:
+    """The flags of a student beyond the recipe: its loss, and the teacher where the loss needs one."""
+    flags = [] if loss == BASELINE else ['--kd-loss', loss]
+    if loss != BASELINE and KD_LOSSES[loss].needs_teacher:
+        flags += ['--teacher', str(teacher_file(output / 'train')), '--teacher-model', TEACHER_MODEL]
+    return [*flags, '--seed', str(seed)]
+
+
+def train(commands: dict[str, list[str]], runs: Path) -> dict[str, float]:
+    """Runs trainings, each with one thread, as many at a time as there are cores, up to four.
+
+    Args:
+        commands: Command line of each run by its name.
+        runs: Folder of the runs; what one says goes to `<name>/log.txt` there.
+
+    Returns:
+        Seconds of each run by its name.
+
+    Raises:
+        SystemExit: If one fails; with the end of its log.
+    """
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
+    try:
+        seconds = pool.map(partial(_train_one, runs), commands, commands.values())
+        return dict(zip(commands, seconds, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _train_one(runs: Path, name: str, words: list[str]) -> float:
+    log = runs / name / 'log.txt'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with open(log, 'w') as stream:
+        environment = {'OMP_NUM_THREADS': '1', **os.environ}
+        code = subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+    seconds = time.perf_counter() - start
+    if code:
+        raise SystemExit('\n'.join([*log.read_text().splitlines()[-5:], f'{name} failed with code {code}, see {log}']))
+    curve = read_curve(log.parent)
+    print(f'  {name}: top-1 {curve[max(curve)]:.1f} in {seconds:.0f} s', flush=True)
+    return seconds
+
+
+def read_curve(run: Path) -> dict[int, float]:
+    """Reads validation top-1 in percent, by the number of epochs trained, out of a run's summary.csv."""
+    with open(run / 'summary.csv', newline='') as file:
+        return {int(row['epoch']) + 1: float(row['eval_top1']) for row in csv.DictReader(file)}
