@@ -400,11 +400,18 @@ def test_fresh_run_leaves_no_row_of_an_older_one_in_its_folder(train):
     assert len(train('--kd-loss tfnkd --val-split ""').rows) == 1
 
 
-@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler for the CPU')
-def test_compiled_student_and_teacher_have_the_loss_of_the_plain_ones(train, digits_teacher):
-    common = f'--teacher {digits_teacher} --kd-loss nkd --epochs 2 --no-teacher-eval'
-    plain, compiled = train(common, 'plain'), train(f'{common} --torchcompile', 'compiled')
-    assert compiled.rows[0]['train_loss'] == pytest.approx(plain.rows[0]['train_loss'], rel=1e-3)
+@pytest.mark.parametrize('backend', [
+    'eager',  # traced, not translated: the fastest way through all of the wiring
+    pytest.param('inductor', marks=[
+        pytest.mark.soak,
+        pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs a C++ compiler for the CPU'),
+    ]),
+])
+def test_compiled_student_and_teacher_train_as_the_plain_ones_do(backend, train, digits_teacher):
+    common = f'--model test_vit --teacher {digits_teacher} --kd-loss nkd --model-ema'
+    plain, compiled = train(common, 'plain'), train(f'{common} --torchcompile {backend}', backend)
+    for column in ('train_loss', 'train_distributed', 'eval_loss'):
+        assert compiled.rows[0][column] == pytest.approx(plain.rows[0][column], rel=1e-3)
     assert compiled.checkpoint()['state_dict'].keys() == plain.checkpoint()['state_dict'].keys()
 
 
