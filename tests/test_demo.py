@@ -1,6 +1,5 @@
 """The demo: its data, its commands, its table and figure, and all of it once, in small."""
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
@@ -121,14 +120,15 @@ def test_a_folder_that_no_demo_has_made_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['train']
 
 
-def test_the_demo_runs_from_data_to_table(tmp_path):
-    argv = [sys.executable, '-m', 'timm_kd.demo', '--quick', '--losses', 'nkd', '--output', str(tmp_path)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (tmp_path / 'results.md').read_text() in done.stdout
+def test_the_demo_runs_from_data_to_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # restored afterwards: the demo goes to the clone
+    main(['--quick', '--losses', 'nkd', '--output', str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert (tmp_path / 'results.md').read_text() in printed
     assert Image.open(tmp_path / 'curves.png').size == (1050, 630)
     assert {path.name for path in (tmp_path / 'train').iterdir()} == {'teacher', 'cross-entropy-0', 'nkd-0'}
     # The agreement that the demo computes for all is the one that the script reports where there is a teacher.
     with open(tmp_path / 'train/nkd-0/summary.csv', newline='') as file:
         reported = float(next(csv.DictReader(file))['eval_agreement'])
-    row = next(line for line in done.stdout.splitlines() if line.startswith('| nkd '))
+    row = next(line for line in printed.splitlines() if line.startswith('| nkd '))
     assert float(row.split('|')[3]) == pytest.approx(reported, abs=0.05)
