@@ -34,8 +34,8 @@ def losses_of(digits: Path, teacher: Path, output: Path, loss: str, options: lis
     teaching = ['--teacher', f'local-dir:{teacher}'] if KD_LOSSES[loss].needs_teacher else []
     args = [
         str(digits), '--model', 'test_resnet', '--num-classes', '10', '--img-size', '32', '--device', 'cpu', '--epochs',
-        '3', '--batch-size', '32', '--lr', '1e-12', '--warmup-epochs', '0', '--workers', '0', '--no-aug', '--kd-loss', loss,
-        *teaching, *options, '--output', str(output), '--experiment', 'run',
+        '3', '--batch-size', '32', '--lr', '1e-12', '--warmup-epochs', '0', '--workers', '0', '--no-aug', '--kd-loss',
+        loss, *teaching, *options, '--output', str(output), '--experiment', 'run',
     ]
     run = Run(train_logging_recompiles, (args,), output / 'printed')
     assert run.wait() == 0, run.stderr

@@ -86,6 +86,17 @@ class RunRecord:
         for teacher, result in zip(self.content['teacher'], metrics, strict=True):
             teacher.update(top1=result['top1'], top5=result['top5'])
 
+    def set_best(self, epoch: int | None, metric: float | None) -> None:
+        """Notes the best epoch by the run's metric."""
+        if metric is not None:
+            self.content['best'] = {'epoch': epoch, 'metric': metric}
+
+    def read(self, folder: str | Path) -> None:
+        """Takes the content that a finished run left."""
+        path = Path(folder, 'run.json')
+        if path.exists():
+            self.content = json.loads(path.read_text())
+
     def write(self, folder: str | Path) -> None:
         """Writes run.json."""
         write_atomically(Path(folder, 'run.json'), json.dumps(self.content, indent=2) + '\n')

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -143,10 +143,15 @@ class SkippedSteps:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.in_a_row = 0
         self._stepped = False
-        optimizer.register_step_post_hook(self._note_step)
+        step = optimizer.step
 
-    def _note_step(self, *_: object) -> None:
-        self._stepped = True
+        # No hook: an optimizer that wraps another (timm's Lookahead) does not call hooks.
+        @wraps(step)
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
+            self._stepped = True
+            return step(*args, **kwargs)
+
+        optimizer.step = counted_step
 
     def count_update(self) -> int:
         """Returns how many updates in a row were skipped, the one just made included."""

@@ -3,16 +3,14 @@ import argparse
 import logging
 import os
 import sys
-import uuid
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from timm.models import safe_model_name
-from timm.task import TrainingTask
 from timm.utils import get_outdir, random_seed
+from torch.utils.data import IterableDataset
 
 from .build import (
     create_optimizer,
@@ -22,15 +20,7 @@ from .build import (
     loop_settings,
     step_settings,
 )
-from .checkpoint import (
-    AtomicSaver,
-    CheckpointWriteError,
-    find_resume_point,
-    read_checkpoint,
-    resume,
-    run_state_of,
-    write_atomically,
-)
+from .checkpoint import AtomicSaver, CheckpointWriteError, write_atomically
 from .cli import parse_args, resolve_kd
 from .data import class_names, create_eval_loader, create_train_data
 from .engine import evaluate_teacher
@@ -40,7 +30,8 @@ from .logs import RunLog, setup_logging
 from .loop import Loop, print_results
 from .meters import NonFiniteLoss
 from .random_state import preserved_random_state
-from .record import RunRecord, read_run_id
+from .record import RunRecord
+from .resume import find_start
 from .runtime import EXIT_SIGTERM, Terminated, create_loss_scaler, model_dtype, setup_device
 from .student import check_returns_logits, create_student
 from .summary import Summary
@@ -116,8 +107,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         )
 
     output_dir = _output_dir(args, data_config) if primary else None
-    point = _resume(args, task, optimizer, loss_scaler, output_dir)
-    lr_scheduler, num_epochs = create_scheduler(args, optimizer, len(data.loader), point.epoch)
+    start = find_start(args, task, optimizer, loss_scaler, output_dir)
+    lr_scheduler, num_epochs = create_scheduler(args, optimizer, len(data.loader), start.epoch)
     eval_metric = args.eval_metric if eval_loader is not None else 'loss'
     loop = Loop(
         task=task,
@@ -125,32 +116,20 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         data=data,
         eval_loader=eval_loader,
         steps=step_settings(args, device, dtype),
-        settings=loop_settings(args, point.epoch, num_epochs, eval_metric),
+        settings=loop_settings(args, start.epoch, num_epochs, eval_metric),
         log=_create_log(args, output_dir),
-        run_id=point.run_id,
+        run_id=start.run_id,
         loss_scaler=loss_scaler,
         lr_scheduler=lr_scheduler,
+        history=list(start.state.get('history', [])) if start.in_place else [],
     )
     if primary:
-        loop.saver = AtomicSaver(
-            model=student,
-            optimizer=optimizer,
-            args=args,
-            amp_scaler=loss_scaler,
-            checkpoint_dir=output_dir,
-            recovery_dir=output_dir,
-            decreasing=eval_metric == 'loss',
-            max_history=args.checkpoint_hist,
-            task=task,
-        )
-        loop.summary = Summary(Path(output_dir, 'summary.csv'), point.epoch if point.in_place else 0)
-    if point.in_place:
-        loop.history = list(point.state.get('history', []))
-        if primary:
-            loop.saver.continue_from(point.path)
-
+        loop.saver = _create_saver(args, loop, output_dir)
+        loop.summary = Summary(Path(output_dir, 'summary.csv'), start.epoch if start.in_place else 0)
+        if start.in_place:
+            loop.saver.continue_from(start.path)
     record = RunRecord(
-        point.run_id,
+        start.run_id,
         argv,
         args.model,
         student,
@@ -161,44 +140,37 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         task,
         eval_metric,
     )
-    if point.epoch < num_epochs:
-        if primary:
-            write_atomically(Path(output_dir, 'args.yaml'), args_text)
-            record.write(output_dir)
-        if teacher is not None and not args.no_teacher_eval and eval_loader is not None:
-            def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
-                with preserved_random_state():
-                    own_loader = create_eval_loader(args, data_config, device, dtype, persistent_workers=False)
-                    return evaluate_teacher(task, own_loader, loop.steps, args.distributed)
-
-            metrics, loop.teacher_predictions = teacher.validation(evaluate) if args.teacher_cache else evaluate()
-            record.set_teacher_metrics(metrics)
-        if args.torchcompile:
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-        if args.distributed:
-            task.prepare_distributed(
-                device_ids=None if device.type == 'cpu' else [device],
-                **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}),
-            )
-        if args.start_epoch is None and not args.no_resume_opt:
-            loop.restore(point.state, point.same_epoch)
-        loop.run()
-    else:
+    if start.epoch >= num_epochs:
         _logger.info(f'All {num_epochs} epochs are done: nothing to train.')
+        if primary:
+            record.read(output_dir)
+            _report(loop, record)
+        return
+
     if primary:
-        _finish(args, loop, record, output_dir)
-
-
-@dataclass
-class _ResumePoint:
-    """Where a run starts: at its beginning, or where a checkpoint left it."""
-    run_id: str
-    path: str | None = None
-    state: dict[str, Any] = field(default_factory=dict)
-    epoch: int = 0
-    same_epoch: bool = False
-    in_place: bool = False
+        write_atomically(Path(output_dir, 'args.yaml'), args_text)
+        record.write(output_dir)
+    if teacher is not None and not args.no_teacher_eval and eval_loader is not None:
+        metrics, predictions = _evaluate_teacher(args, data_config, loop)
+        record.set_teacher_metrics(metrics)
+        # The order of a stream is not certain to be the same in each epoch.
+        loop.teacher_predictions = None if isinstance(eval_loader.dataset, IterableDataset) else predictions
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        task.prepare_distributed(
+            device_ids=None if device.type == 'cpu' else [device],
+            **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}),
+        )
+    if args.start_epoch is None and not args.no_resume_opt:
+        loop.restore(start.state, start.same_epoch)
+    loop.run()
+    if primary:
+        record.set_best(loop.saver.best_epoch, loop.saver.best_metric)
+        record.write(output_dir)
+        _report(loop, record)
+        _push(args, output_dir)
 
 
 def _output_dir(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
@@ -213,50 +185,33 @@ def _output_dir(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
         raise UsageError(f'--output {args.output or "./output/train"}: {error}') from error
 
 
-def _locate_checkpoint(args: argparse.Namespace, output_dir: str | None) -> _ResumePoint:
-    """Finds the checkpoint that `--resume` means, the same on all ranks."""
-    point = _ResumePoint(uuid.uuid4().hex, args.resume or None)
-    if args.rank == 0:
-        known_id = read_run_id(output_dir)
-        if args.resume == 'auto':
-            path = find_resume_point(output_dir, known_id, args.replayable_data)
-            point.path = None if path is None else str(path)
-            _logger.info(f'--resume auto: {"a fresh run" if path is None else f"going on from {path}"}.')
-        if point.path is not None:
-            point.in_place = Path(point.path).resolve().parent == Path(output_dir).resolve()
-            point.run_id = known_id if point.in_place and known_id else point.run_id
-    if args.distributed:
-        choice = [point]
-        torch.distributed.broadcast_object_list(choice, src=0)
-        point = choice[0]
-    return point
+def _create_saver(args: argparse.Namespace, loop: Loop, output_dir: str) -> AtomicSaver:
+    return AtomicSaver(
+        model=loop.task.get_trainable_module(),
+        optimizer=loop.optimizer,
+        args=args,
+        amp_scaler=loop.loss_scaler,
+        checkpoint_dir=output_dir,
+        recovery_dir=output_dir,
+        decreasing=loop.settings.eval_metric == 'loss',
+        max_history=args.checkpoint_hist,
+        task=loop.task,
+    )
 
 
-def _resume(
+def _evaluate_teacher(
         args: argparse.Namespace,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler: Any,
-        output_dir: str | None,
-) -> _ResumePoint:
-    """Loads what `--resume` names into task, optimizer and scaler; `--start-epoch` overrides its epoch."""
-    point = _locate_checkpoint(args, output_dir)
-    if point.path is not None:
-        checkpoint = read_checkpoint(point.path)
-        keep = not args.no_resume_opt
-        point.state = run_state_of(checkpoint)
-        point.epoch = resume(task, point.path, optimizer if keep else None, loss_scaler if keep else None) or 0
-        if 'batch' in point.state and (args.replayable_data or point.state['epoch_trained']):
-            point.epoch, point.same_epoch = checkpoint['epoch'], True
-        elif 'batch' in point.state:
-            _logger.warning(
-                f'--resume {point.path} stands inside epoch {checkpoint["epoch"]}, and without --replayable-data the '
-                'rest of its batches is unknown: as in timm, training goes on with the next epoch.')
-        if args.sched == 'plateau':
-            _logger.warning('--sched plateau: timm saves no state of it, so this is no exact continuation.')
-    if args.start_epoch is not None:
-        point.epoch, point.same_epoch = args.start_epoch, False
-    return point
+        data_config: dict[str, Any],
+        loop: Loop,
+) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """Evaluates the teacher by a loader of its own, which changes no draw of the training."""
+    def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
+        with preserved_random_state():
+            loader = create_eval_loader(
+                args, data_config, loop.steps.device, loop.steps.dtype, persistent_workers=False)
+            return evaluate_teacher(loop.task, loader, loop.steps, args.distributed)
+
+    return loop.task.teacher.validation(evaluate) if args.teacher_cache else evaluate()
 
 
 def _create_log(args: argparse.Namespace, output_dir: str | None) -> RunLog:
@@ -286,16 +241,15 @@ def _pretrained_source(args: argparse.Namespace) -> str | None:
     return args.model if args.pretrained else None
 
 
-def _finish(args: argparse.Namespace, loop: Loop, record: RunRecord, output_dir: str) -> None:
-    """Reports the best epoch, prints the `--result` block and pushes the student."""
-    saver = loop.saver
-    further = {'teacher': record.content['teacher']} if record.content['teacher'] else {}
+def _report(loop: Loop, record: RunRecord) -> None:
+    """Names the best epoch and prints the `--result` block."""
+    saver, teacher = loop.saver, record.content['teacher']
     if saver.best_metric is not None:
-        record.content['best'] = {'epoch': saver.best_epoch, 'metric': saver.best_metric}
         _logger.info(f'*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})')
-    if loop.settings.start_epoch < loop.settings.num_epochs:
-        record.write(output_dir)
-    print_results(loop.history, saver.best_epoch, **further)
+    print_results(loop.history, saver.best_epoch, **({'teacher': teacher} if teacher else {}))
+
+
+def _push(args: argparse.Namespace, output_dir: str) -> None:
     if args.push_to_hub:
         push_run(
             output_dir,
