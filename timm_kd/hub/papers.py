@@ -54,7 +54,7 @@ LOGIT_STANDARDIZATION = """@inproceedings{sun2024logit,
   author = {Shangquan Sun and Wenqi Ren and Jingzhi Li and Rui Wang and Xiaochun Cao},
   title = {Logit Standardization in Knowledge Distillation},
   booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  note = {arXiv:2403.01993},
+  note = {arXiv:2403.01427},
   year = {2024}
 }"""
 
