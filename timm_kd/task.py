@@ -21,7 +21,7 @@ class KDTask(ClassificationTask):
     Args:
         student: Model that maps images to logits `[B, C]`.
         kd_loss: A loss of `timm_kd.losses`.
-        teacher: A `Teacher` (any callable module from the student's images to logits `[B, C]`), or None.
+        teacher: A `Teacher`, or any module from the student's images to logits `[B, C]`, which is frozen; or None.
         criterion: Task loss on `(logits, target)`; cross-entropy when None.
         smoothing: Label smoothing folded into dense targets `[B, C]` by timm's Mixup, which the loss undoes.
         task_loss_weight: Weight of the task loss.
@@ -55,6 +55,8 @@ class KDTask(ClassificationTask):
             raise ValueError(f'{loss_name} needs a teacher: KDTask(..., teacher=Teacher(...)).')
         if teacher is not None and not kd_loss.accepts_teacher:
             raise ValueError(f'{loss_name} is teacher-free: KDTask(..., teacher=None).')
+        if isinstance(teacher, nn.Module):
+            teacher.eval().requires_grad_(False)
         self.kd_loss = kd_loss
         # In a tuple: nn.Module would register the teacher itself and carry it into state dicts and parameters.
         self._teacher = (teacher,)
@@ -109,7 +111,8 @@ class KDTask(ClassificationTask):
         output = self.trainable_module(input)
         task_loss = self.criterion(output, target)
         if teacher_logits is None and self.teacher is not None:
-            teacher_logits = self.teacher(input)
+            with torch.no_grad():
+                teacher_logits = self.teacher(input)
         parts = self.kd_loss(output, teacher_logits, target, smoothing=self.smoothing)
         loss = self.task_loss_weight * task_loss + self.distill_loss_weight * self.ramp * parts['kd_loss']
         return {'loss': loss, 'output': output, 'task_loss': task_loss, **parts}
