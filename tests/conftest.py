@@ -1,10 +1,12 @@
 """Real images and a teacher for the tests that run the script: scikit-learn's handwritten digits."""
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from script import Run, run_script
 from sklearn.datasets import load_digits
 from timm.models import save_for_hf
 from torch.nn.functional import cross_entropy, interpolate
@@ -57,3 +59,13 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data_config = {'input_size': (3, 32, 32), 'mean': mean, 'std': std}
     save_for_hf(model.eval(), folder, data_config=data_config, safe_serialization=True)
     return folder
+
+
+@pytest.fixture
+def train(digits: Path, tmp_path: Path) -> Callable[..., Run]:
+    """Runs the script on the digits."""
+    def run(flags: str, name: str = 'run') -> Run:
+        finished = run_script(flags, digits, tmp_path, name)
+        assert finished.exit_code == 0, finished.error
+        return finished
+    return run
