@@ -339,3 +339,22 @@ def test_cold_cache_offline_says_so(offline):
 
 def test_list_of_one_is_a_teacher_of_its_own(folder):
     assert isinstance(create_teacher([str(folder)], 5), Teacher)
+
+
+def test_folder_with_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    folder, ran = tmp_path / 'teacher', tmp_path / 'ran'
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=7), folder, safe_serialization=False)
+
+    class RunsCode:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    torch.save({'fc.weight': RunsCode()}, folder / 'pytorch_model.bin')
+    with pytest.raises(UsageError, match='would run code.*safetensors'):
+        Teacher(f'local-dir:{folder}', 7)
+    assert not ran.exists()
+
+
+def test_teacher_is_in_eval_mode_from_the_start():
+    teacher = Teacher(timm.create_model('test_resnet', num_classes=7).train(), 7)
+    assert not any(module.training for module in teacher.modules())

@@ -35,6 +35,7 @@ class TeacherEnsemble(nn.Module):
         self.model_name = ' + '.join(m.model_name for m in members)
         self.num_params = sum(m.num_params for m in members)
         self.num_classes = members[0].num_classes
+        self.eval()
 
     @property
     def members(self) -> list[Teacher]:

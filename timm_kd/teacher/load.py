@@ -65,6 +65,11 @@ def load_model(
         raise
     except Exception as error:  # timm, torch, safetensors and the Hub client each raise errors of their own
         _blame_kwargs(kwargs, error)
+        if kind == 'folder' and 'weights_only' in str(error):
+            raise UsageError(
+                f'--teacher {spec}: its weights are a pickle that would run code, which is refused; '
+                'save them as model.safetensors'
+            ) from error
         reason = explain(error, _repo(kind, place)) if kind != 'folder' else (
             f'its config.json or weights are damaged or do not fit each other ({shortened(error)})'
         )

@@ -108,6 +108,7 @@ class Teacher(nn.Module):
         self.inputs = self._adapter(inner, cfg, in_chans, mean, std, img_size, device)
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._checked = False
+        self.eval()
 
     @property
     def members(self) -> list['Teacher']:
