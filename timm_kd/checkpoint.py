@@ -69,7 +69,7 @@ class AtomicSaver(CheckpointSaver):
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             Path(save_path).unlink(missing_ok=True)
             raise CheckpointWriteError(
-                f'could not write the checkpoint of epoch {epoch} to {self.checkpoint_dir} ({_first_line(error)}); '
+                f'could not write the checkpoint of epoch {epoch} to {self.checkpoint_dir} ({shortened(error)}); '
                 'the last good one is untouched: free some space and continue with --resume auto.'
             ) from error
 
@@ -113,10 +113,6 @@ class AtomicSaver(CheckpointSaver):
         recoveries = find_recoveries(self.recovery_dir)
         self.curr_recovery_file = str(recoveries[-1]) if recoveries else ''
         self.prev_recovery_file = str(recoveries[-2]) if len(recoveries) > 1 else ''
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def find_recoveries(folder: str | Path) -> list[Path]:
