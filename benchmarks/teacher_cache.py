@@ -2,11 +2,12 @@
 """What stored teacher logits save: an epoch of plain training, with a live teacher, filling a cache, and reading one.
 
 The four kinds of epoch run in turn in one process, through the script's own loop and timm's loader, with one student
-on generated JPEGs. Times are medians over the rounds; a ratio is the median of each round's ratio. The price of several
-students follows from them. Then, apart: one read from a file of ImageNet's shape, and what `--teacher-cache-topk` and
-float16 do to each loss. The output is markdown. Run it on an idle machine.
+on generated JPEGs. Times are medians over the rounds; a ratio is the median of each round's ratio, with the middle half
+of them beside it. The price of several students follows from them. Then, apart: what the cache itself does in such an
+epoch, with no model beside it; one read from a file of ImageNet's shape; and what `--teacher-cache-topk` and float16 do
+to each loss. The output is markdown. Run it on an idle machine.
 
-    python benchmarks/teacher_cache.py [--student resnet18 --teacher resnet34] [--device cuda --amp] [--rounds 5]
+    python benchmarks/teacher_cache.py [--student resnet18 --teacher resnet34] [--device cuda --amp] [--rounds 40]
 """
 import argparse
 import os
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.task import ClassificationTask
+from torch import nn
 
 from timm_kd import KDTask, Teacher, create_kd_loss
 from timm_kd.engine import StepSettings, train_one_epoch
@@ -57,6 +59,7 @@ class Epochs:
         torch.manual_seed(0)
         self.home = home
         self.device = torch.device(args.device)
+        self.batch_size = args.batch_size
         loader = create_loader(
             create_dataset('', root=str(home), split='train'), (3, args.img_size, args.img_size), args.batch_size,
             is_training=True, num_workers=args.workers, device=self.device, interpolation='random',
@@ -70,14 +73,30 @@ class Epochs:
         self.settings = StepSettings(self.device, autocast=autocast)
         self.run('fill', 'stored')
 
+    def open_cache(self, folder: str, live: nn.Module | None) -> CachedTeacher:
+        """Returns a teacher that stores in, or without a live one reads from, a folder."""
+        layout = RowLayout(NUM_CLASSES)
+        cache = CacheFolder(self.home / folder, {}, len(self.loader.dataset), layout.row_bytes)
+        return CachedTeacher(cache, layout, self.loader.batch_sampler, False, self.device, live)
+
+    def own_work(self, kind: str) -> float:
+        """Does what the cache does in an epoch of 'fill' or 'read', with no model beside it; returns its seconds."""
+        answers = torch.randn(self.batch_size, NUM_CLASSES, device=self.device)
+        start = self._now()
+        cached = self.open_cache('fresh', _Known(answers)) if kind == 'fill' else self.open_cache('stored', None)
+        for batch in range(len(self.loader)):
+            if cached.stored(batch) is None:
+                cached(answers)
+        cached.close()
+        seconds = self._now() - start
+        shutil.rmtree(self.home / 'fresh', ignore_errors=True)
+        return seconds
+
     def run(self, kind: str, folder: str = 'fresh') -> float:
         """Trains for an epoch, and returns its seconds."""
         cached = None
         if kind in ('fill', 'read'):
-            layout = RowLayout(NUM_CLASSES)
-            cache = CacheFolder(self.home / folder, {}, len(self.loader.dataset), layout.row_bytes)
-            live = self.teacher if kind == 'fill' else None
-            cached = CachedTeacher(cache, layout, self.loader.batch_sampler, False, self.device, live)
+            cached = self.open_cache(folder, self.teacher if kind == 'fill' else None)
         if kind == 'plain':
             task = ClassificationTask(self.student, device=self.device, verbose=False)
         else:
@@ -102,25 +121,42 @@ class Epochs:
         return time.perf_counter()
 
 
+class _Known(nn.Module):
+    """A teacher whose answer costs nothing."""
+    members = ()
+
+    def __init__(self, answers: torch.Tensor) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.answers
+
+
 def measure_epochs(args: argparse.Namespace, home: Path) -> dict[str, float]:
     """Times the four kinds of epoch in turn, prints them, and returns the median seconds of each."""
     write_images(home, args.images, args.img_size)
     epochs = Epochs(args, home)
-    kinds = ['plain', 'live', 'fill', 'read']
+    kinds = ['plain', 'read', 'live', 'fill']  # what is compared runs side by side, in turn the one or the other first
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for kind in kinds:
         epochs.run(kind, 'stored' if kind == 'read' else 'fresh')
     for number in range(args.rounds):
-        for kind in kinds[number % 4:] + kinds[:number % 4]:
+        for kind in kinds[::1 if number % 2 else -1]:
             times[kind].append(epochs.run(kind, 'stored' if kind == 'read' else 'fresh'))
     medians = {kind: statistics.median(values) for kind, values in times.items()}
     print(f'| epoch of {args.images} images | seconds | images/s |\n|---|---|---|')
     for kind, value in medians.items():
         print(f'| {kind} | {value:.2f} | {args.images / value:.0f} |')
-    print('\n| ratio | measured | at most |\n|---|---|---|')
+    print('\n| ratio | median | middle half | at most |\n|---|---|---|---|')
     for name, bar in BARS.items():
         above, below = (times[kind] for kind in name.split(' / '))
-        print(f'| {name} | {statistics.median(a / b for a, b in zip(above, below, strict=True)):.3f} | {bar} |')
+        low, median, high = statistics.quantiles(a / b for a, b in zip(above, below, strict=True))
+        print(f'| {name} | {median:.3f} | {low:.3f} to {high:.3f} | {bar} |')
+    print('\n| the cache itself, in such an epoch | milliseconds | of the epoch |\n|---|---|---|')
+    for kind, base in (('read', 'plain'), ('fill', 'live')):
+        own = statistics.median(epochs.own_work(kind) for _ in range(20))
+        print(f'| {kind} | {1000 * own:.1f} | {100 * own / medians[base]:.2f} % of {base} |')
     return medians
 
 
@@ -192,13 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--student', default='resnet18')
     parser.add_argument('--teacher', default='resnet34')
-    parser.add_argument('--images', type=int, default=128)
+    parser.add_argument('--images', type=int, default=64)
     parser.add_argument('--img-size', type=int, default=128)
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--workers', type=int, default=0)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast for the student')
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rounds', type=int, default=40)
     parser.add_argument('--rows', type=int, default=200_000, help='rows of the file that is read at random')
     parser.add_argument('--epochs', type=int, default=100, help='epochs of a training, for the price list')
     args = parser.parse_args()

@@ -105,7 +105,6 @@ def test_sigkill_during_a_fill_loses_at_most_the_batch_under_way(tmp_path):
     process = multiprocessing.get_context('fork').Process(target=fill_until_killed, args=(tmp_path / 'epoch', started))
     process.start()
     assert started.wait(20)
-    time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -272,6 +271,10 @@ def test_a_data_set_is_known_by_its_files_wherever_it_lies(tmp_path, image_folde
     original = fingerprint(image_folder)
     moved = shutil.copytree(image_folder, tmp_path / 'moved')
     assert fingerprint(moved) == original
+    changed = moved / 'train' / '5' / '2.png'
+    changed.write_bytes(changed.read_bytes()[::-1])
+    assert fingerprint(moved)['contents'] != original['contents']
+    assert fingerprint(moved)['sizes'] == original['sizes']
     changed = moved / 'train' / '0' / '0.png'
     changed.write_bytes(changed.read_bytes() + b'0')
     assert fingerprint(moved)['sizes'] != original['sizes']

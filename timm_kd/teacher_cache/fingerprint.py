@@ -1,7 +1,7 @@
 """What identifies a data set or a teacher without loading either: names, sizes, hashes."""
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,21 @@ from torch.utils.data import Dataset
 
 from ..teacher.locate import locate
 
-_MAX_STATS = 4096
+_MAX_SIZES, _MAX_CONTENTS = 4096, 256
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pth', '*.pt', 'config.json')
 
 
 def fingerprint_dataset(dataset: Dataset) -> dict[str, Any]:
     """Describe which samples a map-style data set holds, in which order.
 
-    File names and classes are hashed, and the sizes of up to 4096 files spread over the set: reading all of ImageNet
-    to notice a changed pixel would cost as much as an epoch.
+    File names and classes are hashed, and of files spread over the set the sizes of up to 4096 and the content of up to
+    256: reading all of ImageNet to notice a changed pixel would cost as much as an epoch.
 
     Args:
         dataset: One of timm's `create_dataset`, or any with a length.
 
     Returns:
-        `type`, `count`, and hashes: `files`, `sizes`, `classes`, each where the data set knows them.
+        `type`, `count`, and hashes: `files`, `sizes`, `contents`, `classes`, each where the data set knows them.
     """
     reader = getattr(dataset, 'reader', dataset)
     content = {'type': type(reader).__name__, 'count': len(dataset)}
@@ -33,8 +33,8 @@ def fingerprint_dataset(dataset: Dataset) -> dict[str, Any]:
         root = os.path.commonpath([samples[0][0], samples[-1][0]])
         root = str(getattr(reader, 'root', root))
         content['files'] = _hash(f'{path.removeprefix(root)} {target}' for path, target in samples)
-        paths = [path for path, _ in samples[::-(-len(samples) // _MAX_STATS)]]
-        content['sizes'] = _hash(str(os.path.getsize(path)) for path in paths)
+        content['sizes'] = _hash(str(os.path.getsize(path)) for path, _ in _spread(samples, _MAX_SIZES))
+        content['contents'] = _hash_files([Path(path) for path, _ in _spread(samples, _MAX_CONTENTS)])
     elif hasattr(getattr(reader, 'dataset', None), '_fingerprint'):
         content['files'] = reader.dataset._fingerprint  # of Hugging Face datasets: hashes data and transforms of it
     elif hasattr(dataset, 'filenames'):
@@ -74,6 +74,11 @@ def fingerprint_teacher(spec: str) -> dict[str, Any]:
 def hash_file(path: str | Path) -> str:
     """sha256 of a file's content."""
     return _hash_files([Path(path)])
+
+
+def _spread(items: Sequence, count: int) -> Sequence:
+    """Return at most so many items, evenly spread, or all."""
+    return items[::-(-len(items) // count)]
 
 
 def _hash(lines: Iterable[str]) -> str:
