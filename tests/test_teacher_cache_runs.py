@@ -113,13 +113,17 @@ def test_filling_and_reading_give_the_live_runs_summary_to_the_bit(tmp_path, run
     assert run(*cache(tmp_path), *flags, '--workers', '2') == expected
 
 
-def test_float16_logits_change_the_losses_by_less_than_a_thousandth(tmp_path, run, live):
-    slowly = ['--lr', '1e-4', '--epochs', '1']  # else the bits lost in step 1 have grown by the end, as any would
-    before, = csv.DictReader(live(*slowly).splitlines())
-    after, = csv.DictReader(run(*cache(tmp_path, dtype='float16'), *slowly).splitlines())
-    assert before['train_kd_loss'] != after['train_kd_loss']
-    for name in ('train_loss', 'train_task_loss', 'train_kd_loss', 'train_soft', 'train_distributed'):
-        assert float(after[name]) == pytest.approx(float(before[name]), rel=1e-3), name
+def test_float16_logits_change_the_losses_by_less_than_a_thousandth(tmp_path, run, live, teacher):
+    # At the other tests' rate training is chaotic: a difference in the last bit of a logit grows to a percent.
+    flags = [*MIXED, *'--opt adamw --lr 0.002'.split()]
+    expected = list(csv.DictReader(live(*flags).splitlines()))
+    filled = run(*cache(tmp_path, dtype='float16'), *flags)
+    shutil.rmtree(teacher)
+    assert run(*cache(tmp_path, dtype='float16'), *flags, '--workers', '2') == filled
+    for before, after in zip(expected, csv.DictReader(filled.splitlines()), strict=True):
+        assert before['train_kd_loss'] != after['train_kd_loss']
+        for name in ('train_loss', 'train_task_loss', 'train_kd_loss', 'train_soft', 'train_distributed', 'eval_loss'):
+            assert float(after[name]) == pytest.approx(float(before[name]), rel=1e-3), name
 
 
 @pytest.mark.parametrize('loss', ['kd', 'dkd', 'tfkd'])
