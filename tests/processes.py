@@ -4,6 +4,7 @@ A fork server imports the project once; each run is a fork of it.
 """
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,28 @@ class Run:
     @property
     def stderr(self) -> str:
         return self._outputs[1].read_text()
+
+
+def start_on_ranks(function: Callable, args: tuple, folder: Path, world_size: int = 2) -> list[Run]:
+    """Starts a function in as many processes, with the environment that torchrun gives them."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    return [
+        Run(function, args, folder / f'rank-{rank}', dict(
+            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world_size), RANK=str(rank),
+            LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
+        ))
+        for rank in range(world_size)
+    ]
+
+
+def run_on_ranks(function: Callable, args: tuple, folder: Path, world_size: int = 2) -> list[Run]:
+    """Starts a function in as many processes and waits for all to end well."""
+    runs = start_on_ranks(function, args, folder, world_size)
+    for run in runs:
+        assert run.wait(300) == 0, run.stderr
+    return runs
 
 
 def _run(function: Callable, args: tuple, stdout: Path, stderr: Path, env: dict[str, str]) -> None:

@@ -27,7 +27,7 @@ def make_saver(folder: Path, cls: type = AtomicSaver, max_history: int = 2) -> C
     saver = cls(
         model, optimizer, task=ClassificationTask(model, verbose=False), checkpoint_dir=str(folder),
         recovery_dir=str(folder), max_history=max_history)
-    saver.run_state = {'run_id': 'a', 'random': [], 'history': []}
+    saver.run_state = {'run_id': 'a', 'ranks': [], 'history': []}
     return saver
 
 
@@ -94,11 +94,11 @@ def test_recoveries_are_ordered_by_progress_not_by_name(tmp_path):
 def test_newer_of_last_and_recovery_is_taken(tmp_path):
     saver = make_saver(tmp_path)
     saver.save_checkpoint(0, 1.0)
-    saver.run_state = dict(saver.run_state, batch=4, epoch_trained=False, totals={})
+    saver.run_state = dict(saver.run_state, batch=4, batches=8, epoch_trained=False)
     saver.save_recovery(1, 3)
     assert find_resume_point(tmp_path, 'a', replayable=True).name == 'recovery-1-3.pth.tar'
     assert find_resume_point(tmp_path, 'a', replayable=False).name == 'last.pth.tar'
-    saver.run_state = {'run_id': 'a', 'random': [], 'history': []}
+    saver.run_state = {'run_id': 'a', 'ranks': [], 'history': []}
     saver.save_checkpoint(1, 1.0)
     assert find_resume_point(tmp_path, 'a', replayable=True).name == 'last.pth.tar'
     assert find_resume_point(tmp_path, 'b', replayable=True) is None

@@ -1,7 +1,6 @@
 """Two processes on the CPU (gloo) do what one does."""
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,34 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from processes import Run
+from processes import run_on_ranks
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch import nn
 
 from timm_kd import KDTask, create_kd_loss, train
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
-def run_on_ranks(function, args: tuple, folder: Path, world_size: int = 2) -> list[Run]:
-    """Runs a function in as many processes, with the environment that torchrun gives them."""
-    port = free_port()
-    runs = [
-        Run(function, args, folder / f'rank-{rank}', dict(
-            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world_size), RANK=str(rank),
-            LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
-        ))
-        for rank in range(world_size)
-    ]
-    for run in runs:
-        assert run.wait(300) == 0, run.stderr
-    return runs
 
 
 def make_task(loss: str) -> KDTask:

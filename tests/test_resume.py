@@ -86,7 +86,7 @@ class Runs:
             str(digits), '--model', 'test_vit', '--num-classes', '10', '--img-size', '32', '--device', 'cpu',
             '--epochs', '3', '--batch-size', '32', '--lr', '0.05', '--warmup-epochs', '0', '--drop-path', '0.2',
             '--mixup', '0.5', '--reprob', '0.3', '--aa', 'rand-m5', '--model-ema', '--model-ema-decay', '0.9',
-            '--recovery-interval', '2', '--output', str(output), *mode,
+            '--recovery-interval', '2', '--sched-on-updates', '--output', str(output), *mode,
         ]
 
     def start(self, experiment: str, place: str = 'nowhere', epoch: int = 1, resume: bool = True) -> Run:

@@ -13,7 +13,6 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .errors import UsageError, shortened
-from .random_state import get_random_state
 from .safe_load import load_file
 
 _logger = logging.getLogger(__name__)
@@ -47,8 +46,9 @@ class AtomicSaver(CheckpointSaver):
     """timm's `CheckpointSaver`, with files that are written aside, flushed and renamed over the old ones.
 
     `run_state` goes into the checkpoint's `saver` entry: what an exact resume needs beyond timm's state, in plain
-    types and tensors. It holds `run_id`, `random` (the random streams of each rank), `ema_random`, `history` (the
-    results of the epochs so far) and, in a recovery file, `batch` (batches of the epoch that are done) and `totals`.
+    types and tensors. It holds `run_id`, `ranks` (what `gather_rank_states` returns), `ema_random`, `history` (the
+    results of the epochs so far) and, in a recovery file, `batch` (batches of the epoch that are done), `batches` (how
+    many it has) and `epoch_trained` (whether that is all of them).
     """
 
     def __init__(self, *args, **kwargs):
@@ -187,16 +187,6 @@ def resume(
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f'--resume {path}: does not fit --model and --opt ({shortened(error)}).') from error
     return epoch
-
-
-def gather_random_states(distributed: bool) -> list[dict[str, Any]]:
-    """Returns the random states of all ranks, in rank order; every rank must call it."""
-    state = get_random_state()
-    if not distributed:
-        return [state]
-    states = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
 
 
 def ema_random_state(task: TrainingTask) -> torch.Tensor | None:

@@ -8,15 +8,16 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, distribute_bn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from .checkpoint import AtomicSaver, ema_random_state, gather_random_states, set_ema_random_state
+from .checkpoint import AtomicSaver, ema_random_state, set_ema_random_state
 from .data import TrainData
 from .engine import Progress, StepSettings, train_one_epoch, validate
 from .logs import RunLog
 from .meters import Agreement, NonFiniteLoss, StepTotals, create_evaluator
-from .random_state import get_random_state, set_random_state
-from .runtime import SkippedSteps, Terminated, TerminationSignal
+from .rank_state import gather_rank_states, restore_rank_state, restored_totals
+from .runtime import SkippedSteps, Terminated
+from .stop import AgreedStop
 from .summary import Summary
 from .task import KDTask
 from .teacher_cache import CachedTeacher
@@ -82,9 +83,9 @@ class Loop:
     def __post_init__(self):
         self.first_batch = 0
         self.totals = StepTotals(self.steps.device)
-        self.termination = TerminationSignal()
+        self.stop = AgreedStop(self.settings.distributed)
         self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
-        self._trained_epoch_random = None
+        self._trained_ranks = []
         teacher = getattr(self.task, 'teacher', None)
         self.cache = teacher if isinstance(teacher, CachedTeacher) else None
 
@@ -96,19 +97,30 @@ class Loop:
             same_epoch: The run continues inside the checkpoint's epoch.
         """
         set_ema_random_state(self.task, state.get('ema_random'))
-        if self.settings.rank < len(state.get('random', [])):
-            set_random_state(state['random'][self.settings.rank])
+        rank, world_size = self.settings.rank, self.settings.world_size
+        restore_rank_state(self.task, state.get('ranks', []), rank, world_size)
         if same_epoch:
-            self.first_batch = state['batch']
-            self.totals.load_state_dict(state['totals'])
+            self.first_batch = self._place_in_epoch(state['batch'], state['batches'])
+            self.totals.load_state_dict(restored_totals(state['ranks'], rank, world_size))
+            if self.lr_scheduler is not None:  # `--sched-on-updates` has moved on inside the epoch
+                updates = self.settings.start_epoch * self._num_updates() + self._num_updates(self.first_batch)
+                self.lr_scheduler.step_update(num_updates=updates)
+
+    def _place_in_epoch(self, batch: int, batches: int) -> int:
+        """Returns the batch to go on with; as far into the epoch where another global batch size divides it."""
+        place = batch * len(self.data.loader) // batches
+        return place if place == len(self.data.loader) else place - place % self.steps.grad_accum_steps
+
+    def _num_updates(self, batches: int | None = None) -> int:
+        """Returns how many updates so many batches of an epoch make; by default, all of them."""
+        return -(-(len(self.data.loader) if batches is None else batches) // self.steps.grad_accum_steps)
 
     def run(self) -> list[dict[str, Any]]:
         """Trains to the last epoch and returns the results of all epochs."""
         settings = self.settings
-        updates = -(-len(self.data.loader) // self.steps.grad_accum_steps)
         try:
-            with self.termination:
-                self.log.start((settings.num_epochs - settings.start_epoch) * updates)
+            with self.stop:
+                self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
                 for epoch in range(settings.start_epoch, settings.num_epochs):
                     self._train_epoch(epoch)
                     self._finish_epoch(epoch)
@@ -145,12 +157,14 @@ class Loop:
                 self.cache.flush()
             self._check_finite(epoch)
             self._distribute_bn(self.task.get_trainable_module())
+        # Validation draws from the random streams and evens out the EMA's batch norm: a run stopped in it starts over
+        # from here.
+        self._trained_ranks = self._gather_ranks()
+        if self.first_batch < len(self.data.loader) and self._recovery_due(self._num_updates() - 1):
+            self._save_recovery(epoch, len(self.data.loader), self._trained_ranks)
         self.first_batch = 0
-        # Validation draws from the random streams: a run stopped in it starts over from here.
-        self._trained_epoch_random = gather_random_states(self.settings.distributed)
 
     def _after_update(self, progress: Progress) -> None:
-        settings = self.settings
         self.log.step(progress)
         if self.skipped is not None and self.skipped.count_update() >= SKIPPED_STEPS_ALLOWED:
             self.totals.check_finite(progress.epoch)
@@ -160,31 +174,41 @@ class Loop:
         if self.log.is_due(progress):
             self._check_finite(progress.epoch)
             self.log.train(progress, self.totals, self._lr())
-        due = settings.recovery_interval and (progress.update_idx + 1) % settings.recovery_interval == 0
-        if due or self.termination.received:
+        self.stop.check()
+        batches = progress.batch_idx + 1
+        # That of the last update waits until the epoch's training is complete.
+        if batches < len(self.data.loader) and self._recovery_due(progress.update_idx):
             self._check_finite(progress.epoch)
-            random = [get_random_state()] if self.termination.received else gather_random_states(settings.distributed)
-            self._save_recovery(progress.epoch, progress.update_idx, progress.batch_idx + 1, random)
-        if self.termination.received:
-            raise Terminated(f'epoch {progress.epoch}, update {progress.update_idx}')
+            self._save_recovery(progress.epoch, batches, self._gather_ranks())
 
     def _check_finite(self, epoch: int) -> None:
         self.totals.check_finite(epoch, allowed_in_a_row=SKIPPED_STEPS_ALLOWED if self.loss_scaler is not None else 0)
 
-    def _save_recovery(self, epoch: int, update_idx: int, batch: int, random: list[dict]) -> None:
+    def _recovery_due(self, update_idx: int) -> bool:
+        interval = self.settings.recovery_interval
+        return self.stop.agreed or bool(interval and (update_idx + 1) % interval == 0)
+
+    def _save_recovery(self, epoch: int, batches: int, ranks: list[dict[str, Any]]) -> None:
+        """Saves where the run stands after so many batches of an epoch; after SIGTERM, it ends here."""
+        update_idx, trained = self._num_updates(batches) - 1, batches == len(self.data.loader)
         if self.saver is not None:
             self.saver.run_state = dict(
-                self._run_state(random),
-                batch=batch,
-                totals=self.totals.state_dict(),
-                epoch_trained=batch == len(self.data.loader),
+                self._run_state(ranks),
+                batch=batches,
+                batches=len(self.data.loader),
+                epoch_trained=trained,
             )
             self.saver.save_recovery(epoch, batch_idx=update_idx)
+        if self.stop.agreed:
+            raise Terminated(f'epoch {epoch}, {"validation" if trained else f"update {update_idx}"}')
 
-    def _run_state(self, random: list[dict]) -> dict[str, Any]:
+    def _gather_ranks(self) -> list[dict[str, Any]]:
+        return gather_rank_states(self.task, self.totals, self.settings.distributed)
+
+    def _run_state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             'run_id': self.run_id,
-            'random': random,
+            'ranks': ranks,
             'ema_random': ema_random_state(self.task),
             'history': self.history,
         }
@@ -208,10 +232,10 @@ class Loop:
         self._step_scheduler(completed, metric)
 
     def _save(self, epoch: int, metric: float | None) -> None:
-        random = gather_random_states(self.settings.distributed)
+        ranks = self._gather_ranks()
         if self.saver is None:
             return
-        self.saver.run_state = self._run_state(random)
+        self.saver.run_state = self._run_state(ranks)
         self.saver.save_checkpoint(epoch, metric=metric)
         if epoch + 1 in self.settings.save_epochs:
             self.saver.save_milestone(epoch + 1)
@@ -240,6 +264,8 @@ class Loop:
     def _validate_model(self, epoch: int, model: torch.nn.Module, name: str) -> dict[str, float]:
         evaluator = create_evaluator(self.task, self.eval_loader)
         report = self.log.validation(evaluator, len(self.eval_loader) - 1, name)
+        # A stream may have more batches for one rank than for another, so that they could not agree.
+        can_stop = not (self.settings.distributed and isinstance(self.eval_loader.dataset, IterableDataset))
         agreement = None
         if self.teacher_predictions is not None:
             agreement = Agreement(self.teacher_predictions, self.eval_loader)
@@ -248,10 +274,8 @@ class Loop:
             report(batch_idx, output)
             if agreement is not None:
                 agreement.add(batch_idx, output)
-            if self.termination.received:
-                last_update = -(-len(self.data.loader) // self.steps.grad_accum_steps) - 1
-                self._save_recovery(epoch, last_update, len(self.data.loader), self._trained_epoch_random)
-                raise Terminated(f'epoch {epoch}, validation')
+            if can_stop and self.stop.check():
+                self._save_recovery(epoch, len(self.data.loader), self._trained_ranks)
 
         metrics = validate(
             model,
