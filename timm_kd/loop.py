@@ -1,6 +1,7 @@
 """The epochs of a run: train, validate, record, save; stop and take up anywhere."""
 import json
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from .engine import Progress, StepSettings, train_one_epoch, validate
 from .logs import RunLog
 from .meters import Agreement, NonFiniteLoss, StepTotals, create_evaluator
 from .rank_state import gather_rank_states, restore_rank_state, restored_totals
-from .runtime import SkippedSteps, Terminated
+from .runtime import SkippedSteps
 from .stop import AgreedStop
 from .summary import Summary
 from .task import KDTask
@@ -118,16 +119,14 @@ class Loop:
     def run(self) -> list[dict[str, Any]]:
         """Trains to the last epoch and returns the results of all epochs."""
         settings = self.settings
-        try:
-            with self.stop:
-                self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
-                for epoch in range(settings.start_epoch, settings.num_epochs):
-                    self._train_epoch(epoch)
-                    self._finish_epoch(epoch)
-        finally:
-            self.log.close()
+        with self.stop, ExitStack() as stack:
+            stack.callback(self.log.close)
             if self.cache is not None:
-                self.cache.close()
+                stack.callback(self.cache.close)
+            self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
+            for epoch in range(settings.start_epoch, settings.num_epochs):
+                self._train_epoch(epoch)
+                self._finish_epoch(epoch)
         return self.history
 
     def _train_epoch(self, epoch: int) -> None:
@@ -200,7 +199,7 @@ class Loop:
             )
             self.saver.save_recovery(epoch, batch_idx=update_idx)
         if self.stop.agreed:
-            raise Terminated(f'epoch {epoch}, {"validation" if trained else f"update {update_idx}"}')
+            self.stop.leave(f'epoch {epoch}, {"validation" if trained else f"update {update_idx}"}')
 
     def _gather_ranks(self) -> list[dict[str, Any]]:
         return gather_rank_states(self.task, self.totals, self.settings.distributed)

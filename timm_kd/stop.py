@@ -1,7 +1,9 @@
 """Where a run stops after SIGTERM: at one place for all of its ranks."""
+from typing import NoReturn
+
 import torch
 
-from .runtime import TerminationSignal
+from .runtime import Terminated, TerminationSignal
 
 
 class AgreedStop(TerminationSignal):
@@ -35,3 +37,13 @@ class AgreedStop(TerminationSignal):
             self._reduction = torch.distributed.all_reduce(
                 self._flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
         return self.agreed
+
+    def leave(self, place: str) -> NoReturn:
+        """Ends the run when all ranks are here: once a rank has ended, torchrun gives the others 30 seconds.
+
+        Raises:
+            Terminated: Naming the place.
+        """
+        if self._group is not None:
+            torch.distributed.barrier(group=self._group)
+        raise Terminated(place)
