@@ -12,8 +12,9 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from .cli import KDSettings
+from .cli.messages import as_given
 from .engine import StepSettings
-from .errors import UsageError
+from .errors import UsageError, shortened
 from .loop import LoopSettings
 from .losses import create_kd_loss
 from .random_state import preserved_random_state
@@ -37,8 +38,8 @@ def create_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.opti
             f'size ({global_batch_size}) with {scale} scaling.')
     try:
         return create_optimizer_v2(student, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f'--opt {args.opt} with --opt-kwargs {args.opt_kwargs}: {error}') from error
+    except RuntimeError as error:  # the device has not what --opt-kwargs asks for (fused=True); the rest is checked
+        raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {shortened(error)}') from error
 
 
 def create_run_teacher(
@@ -130,8 +131,11 @@ def create_scheduler(
             **scheduler_kwargs(args, decreasing_metric=decreasing),
             updates_per_epoch=updates_per_epoch,
         )
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UsageError(f'--sched {args.sched}: {error}') from error
+    except ValueError as error:  # of wsd and rsqrt under --sched-on-updates; the rest is checked
+        raise UsageError(
+            f'--sched {args.sched} --sched-on-updates: {updates_per_epoch} updates an epoch leave less than one to '
+            'decay in, raise --decay-epochs or --epochs.'
+        ) from error
     if scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
             scheduler.step_update(start_epoch * updates_per_epoch)

@@ -13,7 +13,7 @@ import torch
 from timm.utils import NativeScaler, init_distributed_device
 from torch.distributed import register_rendezvous_handler, rendezvous
 
-from .errors import UsageError
+from .errors import UsageError, shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def setup_device(args: argparse.Namespace, device_given: bool) -> torch.device:
         args.dist_url = f'{_RESTARTED}://'
     try:
         device = init_distributed_device(args)
+        torch.zeros(1, device=device).item()  # tells whether this torch has the device, and can compute on it
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'--device {args.device}: {error}') from error
+        raise UsageError(f'--device {args.device}: {shortened(error)}') from error
     finally:
         vars(args).pop('dist_url', None)
     if args.distributed:
@@ -73,33 +74,16 @@ def setup_device(args: argparse.Namespace, device_given: bool) -> torch.device:
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """Returns the dtype that `--model-dtype` names, or None for the default.
-
-    Raises:
-        UsageError: If it is no floating-point dtype, or does not go with `--amp`.
-    """
-    if not args.model_dtype:
-        return None
-    dtype = getattr(torch, args.model_dtype, None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f'--model-dtype {args.model_dtype}: float32, float16 or bfloat16 is needed.')
-    if dtype == torch.float16:
+    """Returns the dtype that `--model-dtype` names, or None for the default."""
+    if args.model_dtype == 'float16':
         _logger.warning('--model-dtype float16: training in pure float16 easily overflows; bfloat16 is safer.')
-    return dtype
+    return getattr(torch, args.model_dtype) if args.model_dtype else None
 
 
 def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Returns what makes the context that forwards run in: autocast under `--amp`.
-
-    Raises:
-        UsageError: If `--amp-dtype` is neither float16 nor bfloat16, or `--amp` comes with a low `--model-dtype`.
-    """
+    """Returns what makes the context that forwards run in: autocast under `--amp`."""
     if not args.amp:
         return nullcontext
-    if args.amp_dtype not in ('float16', 'bfloat16'):
-        raise UsageError(f'--amp-dtype {args.amp_dtype}: float16 or bfloat16 is needed.')
-    if args.model_dtype not in (None, '', 'float32'):
-        raise UsageError(f'--amp with --model-dtype {args.model_dtype}: AMP needs float32 weights, drop one of them.')
     _logger.info(f'Using native Torch AMP ({args.amp_dtype}). Training in mixed precision.')
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
 

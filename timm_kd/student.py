@@ -1,6 +1,7 @@
 """args -> the model to train, built as timm's script builds it."""
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from timm.utils import set_jit_fuser
 from torch import nn
 
 from .errors import UsageError, shortened
-from .random_state import preserved_random_state
 from .safe_load import load_file
+from .student_checks import check_forward, check_pretrained
 from .teacher.hub_errors import explain
 from .teacher.locate import nearest
 
@@ -42,7 +43,7 @@ def create_student(
         The model, and timm's data config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
 
     Raises:
-        UsageError: If timm cannot build the model that the flags describe.
+        UsageError: If timm cannot build the model that the flags describe, or it cannot take the images.
     """
     if args.fuser:
         set_jit_fuser(args.fuser)
@@ -65,6 +66,7 @@ def create_student(
     model.to(device=device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+    check_forward(model, args, data_config['input_size'])
     if args.distributed and args.sync_bn:
         args.dist_bn = ''  # synchronised statistics need no further distribution
         model = convert_sync_batchnorm(model)
@@ -90,12 +92,16 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
         pretrained_cfg_overlay=overlay,
         **args.model_kwargs,
     )
-    model = create_model(
+    build = partial(
+        create_model,
         pretrained=args.pretrained,
         pretrained_cfg_overlay=overlay,
         scriptable=args.torchscript or None,
         **factory_args,
     )
+    model = build()
+    if args.pretrained_path:
+        check_pretrained(model, build, args)
     if args.initial_checkpoint:
         try:
             load_checkpoint(model, args.initial_checkpoint)
@@ -115,12 +121,16 @@ def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
         _check_readable(args.pretrained_path, '--pretrained-path')
     elif isinstance(error, OSError) and not args.model.startswith('local-dir:'):
         return f'--model {args.model}{" --pretrained" if args.pretrained else ""}: {explain(error, args.model)}'
-    return f'--model {args.model}: {shortened(error)}'
+    source = f' --pretrained-path {args.pretrained_path}' if args.pretrained_path else ''
+    return f'--model {args.model}{source}: {shortened(error)}'
 
 
 def _check_readable(path: str, flag: str) -> None:
-    if Path(path).suffix not in ('.npz', '.npy'):  # timm reads those by itself, without pickles
-        load_file(path, flag)
+    if Path(path).suffix in ('.npz', '.npy'):  # timm reads those by itself, without pickles
+        return
+    content = load_file(path, flag)
+    if not isinstance(content, dict):
+        raise UsageError(f'{flag} {path} holds a {type(content).__name__}, not a checkpoint or a state dict')
 
 
 def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
@@ -133,42 +143,3 @@ def _adjust_head(model: nn.Module, args: argparse.Namespace) -> None:
             head.bias.mul_(args.head_init_scale)
         if args.head_init_bias is not None:
             nn.init.constant_(head.bias, args.head_init_bias)
-
-
-def check_returns_logits(model: nn.Module, name: str, input_size: tuple[int, int, int], num_classes: int) -> None:
-    """Refuses a student whose training output a loss on logits cannot read, such as a tuple.
-
-    One forward of two blank images in training mode; buffers and random streams are left as they were.
-
-    A model with a distillation token (DeiT, distilled) is refused though timm averages its two heads as long as nobody
-    calls `set_distilled_training`: the second head is there to learn from the teacher alone, which no loss here does.
-
-    Raises:
-        UsageError: If the model cannot take such images, or its output is not a tensor `[B, num_classes]`.
-    """
-    if hasattr(model, 'dist_token'):
-        raise UsageError(
-            f'--model {name} has a distillation token, whose head gives a second set of logits in training, and the '
-            'distillation losses are defined on one: take a model without it (deit_tiny_patch16_224, say).'
-        )
-    parameter = next(model.parameters())
-    buffers = {key: value.clone() for key, value in model.named_buffers()}
-    was_training = model.training
-    with preserved_random_state(), torch.no_grad():
-        try:
-            output = model.train()(torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype))
-        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-            raise UsageError(f'--model {name} fails on images of {"x".join(map(str, input_size))}: {error}') from error
-        for key, value in model.named_buffers():
-            value.copy_(buffers[key])
-    model.train(was_training)
-    if not isinstance(output, torch.Tensor):
-        raise UsageError(
-            f'--model {name} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
-            'distillation losses are defined on one set of logits: take a model, or --model-kwargs, without it.'
-        )
-    if output.shape != (2, num_classes):
-        raise UsageError(
-            f'--model {name} returns outputs of shape {tuple(output.shape[1:])} for an image, the distillation losses '
-            f'need {num_classes} logits: leave --gp and --model-kwargs at their defaults.'
-        )

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 from timm.models import safe_model_name
-from timm.utils import get_outdir, random_seed
-from torch.utils.data import IterableDataset
+from timm.utils import random_seed
+from torch.utils.data import DataLoader, IterableDataset
 
 from .build import (
     create_optimizer,
@@ -33,7 +33,7 @@ from .random_state import preserved_random_state
 from .record import RunRecord
 from .resume import find_start
 from .runtime import EXIT_SIGTERM, Terminated, create_loss_scaler, model_dtype, setup_device
-from .student import check_returns_logits, create_student
+from .student import create_student
 from .summary import Summary
 from .teacher_cache.setup import open_cached_teacher
 
@@ -79,6 +79,7 @@ def _exit(code: int, message: str) -> NoReturn:
 
 def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     """Builds everything that the flags name, trains, and prints the results."""
+    _check_output(args)
     device = setup_device(args, device_given=any(word.split('=')[0] == '--device' for word in argv))
     primary = args.rank == 0
     if args.push_to_hub and primary:
@@ -88,10 +89,9 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
 
     student, data_config = create_student(args, device, dtype, primary)
     kd = resolve_kd(args)
-    if kd is not None:
-        check_returns_logits(student, args.model, data_config['input_size'], args.num_classes)
     data = create_train_data(args, data_config, device, dtype)
     eval_loader = create_eval_loader(args, data_config, device, dtype)
+    _check_tta(args, eval_loader)
     optimizer = create_optimizer(args, student)
     loss_scaler = create_loss_scaler(args, device)
     if args.teacher_cache:
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     start = find_start(args, task, optimizer, loss_scaler, output_dir)
     lr_scheduler, num_epochs = create_scheduler(args, optimizer, len(data.loader), start.epoch)
     eval_metric = args.eval_metric if eval_loader is not None else 'loss'
+    if primary:
+        _make_folder(output_dir)  # nothing on the command line is wrong, as far as can be known
     loop = Loop(
         task=task,
         optimizer=optimizer,
@@ -179,10 +181,37 @@ def _output_dir(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
         safe_model_name(args.model),
         str(data_config['input_size'][-1]),
     ])
+    return os.path.join(args.output or './output/train', name)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    output = args.output or './output/train'
+    existing = os.path.abspath(output)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise UsageError(f'--output {output}: {existing} is no folder.')
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f'--output {output}: {existing} cannot be written to.')
+
+
+def _check_tta(args: argparse.Namespace, eval_loader: DataLoader | None) -> None:
+    """timm averages the outputs of neighbours, and cannot where the last batch leaves some over."""
+    if not args.tta or eval_loader is None or isinstance(eval_loader.dataset, IterableDataset):
+        return
+    num_images = -(-len(eval_loader.dataset) // args.world_size)
+    if num_images % args.tta:
+        raise UsageError(
+            f'--tta {args.tta}: the {num_images} images of --val-split {args.val_split} are no multiple of it, take '
+            'another number or leave it out.'
+        )
+
+
+def _make_folder(path: str) -> None:
     try:
-        return get_outdir(args.output or './output/train', name)
+        os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UsageError(f'--output {args.output or "./output/train"}: {error}') from error
+        raise UsageError(f'--output {os.path.dirname(path)}: {error}') from error
 
 
 def _create_saver(args: argparse.Namespace, loop: Loop, output_dir: str) -> AtomicSaver:

@@ -7,15 +7,13 @@ import math
 import os
 from typing import Any
 
-import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import create_transform
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..errors import UsageError
 from .kd_checks import check_kd
-from .messages import as_given, nearest
+from .messages import as_given, nearest, task_loss_flags
+from .optim_checks import check_optimizer, check_schedule
 
 _POSITIVE = (
     'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'stop_epoch', 'log_interval', 'val_interval',
@@ -27,9 +25,9 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     'lr', 'lr_base', 'warmup_lr', 'min_lr', 'weight_decay', 'momentum', 'clip_grad', 'workers', 'recovery_interval',
     'warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'decay_epochs', 'decay_rate', 'decay_milestones',
-    'start_epoch', 'save_epochs', 'epoch_repeats', 'aug_repeats', 'aug_splits', 'mixup', 'cutmix', 'mixup_off_epoch',
-    'color_jitter', 'recount', 'seed', 'tta', 'local_rank', 'train_size_probs', 'train_size_schedule_spread',
-    'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_warmup_epochs', 'task_loss_weight', 'distill_loss_weight',
+    'lr_k_decay', 'start_epoch', 'save_epochs', 'epoch_repeats', 'aug_repeats', 'aug_splits', 'mixup', 'cutmix',
+    'mixup_off_epoch', 'color_jitter', 'recount', 'seed', 'tta', 'local_rank', 'train_size_probs',
+    'train_size_schedule_spread', 'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_warmup_epochs', 'task_loss_weight', 'distill_loss_weight',
 )
 _AT_MOST_ONE = (
     'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
@@ -81,8 +79,9 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     _check_image_flags(args)
     _check_task_loss(args)
     _check_precision(args)
-    _check_optimizer(args)
-    _check_schedule(args)
+    _check_compile(args)
+    check_optimizer(args)
+    check_schedule(args)
     _check_train_sizes(args)
     _check_hub(args)
     check_kd(args, defaults)
@@ -145,12 +144,15 @@ def _check_data(args: argparse.Namespace) -> None:
 def _check_files(args: argparse.Namespace) -> None:
     for dest in ('initial_checkpoint', 'pretrained_path'):
         _require_file(dest, getattr(args, dest))
+    if args.pretrained_path and not args.pretrained:
+        raise UsageError(f'{as_given("pretrained_path", args.pretrained_path)}: timm reads it with --pretrained alone, '
+                         'add that')
     if args.resume == 'auto':
         if not args.experiment:
             raise UsageError('--resume auto needs --experiment NAME: the name of the run to go on with')
     else:
         _require_file('resume', args.resume)
-    if args.class_map and not os.path.exists(os.path.join(args.data_dir or args.data or '', args.class_map)):
+    if args.class_map and not os.path.isfile(os.path.join(args.data_dir or args.data or '', args.class_map)):
         _require_file('class_map', args.class_map)
 
 
@@ -169,69 +171,58 @@ def _check_image_flags(args: argparse.Namespace) -> None:
         value = getattr(args, dest)
         if value is not None and (len(value) != 2 or value[0] > value[1]):
             raise UsageError(f'{as_given(dest, value)}: expected two values, the least and the greatest')
+    batch_flag = 'validation_batch_size' if args.validation_batch_size else 'batch_size'
+    if args.tta and getattr(args, batch_flag) % args.tta:
+        raise UsageError(f'{as_given(batch_flag, getattr(args, batch_flag))}: --tta {args.tta} averages so many '
+                         'neighbouring outputs of a batch, make it a multiple')
     if args.aug_splits == 1:
         raise UsageError('--aug-splits 1: expected 0 (off), or at least 2 splits')
+    if args.aug_splits and args.no_prefetcher:
+        raise UsageError(f'--aug-splits {args.aug_splits}: needs the prefetching loader, leave out --no-prefetcher')
     if args.split_bn and not (args.aug_splits or args.resplit):
         raise UsageError('--split-bn needs --aug-splits 2 or more')
+    if args.split_bn and not args.aug_splits and args.batch_size % 2:
+        raise UsageError(f'--batch-size {args.batch_size}: --split-bn halves a batch and needs an even one')
     if args.mixup or args.cutmix or args.cutmix_minmax:
         for batch_size in args.train_batch_sizes or [args.batch_size]:
             if batch_size % 2:
                 raise UsageError(f'--batch-size {batch_size}: Mixup and CutMix mix pairs and need an even batch size')
-        if args.aug_splits and not args.no_prefetcher:
+        if args.aug_splits:
             raise UsageError(f'--aug-splits {args.aug_splits}: does not go with Mixup or CutMix')
 
 
 def _check_task_loss(args: argparse.Namespace) -> None:
-    choices = (('jsd', args.jsd_loss), ('bce', args.bce_loss), (args.loss, args.loss))
-    named = {name for name, chosen in choices if chosen}
-    if len(named) > 1:
-        raise UsageError(f'{" and ".join(sorted(named))}: one task loss, by --loss, --bce-loss or --jsd-loss')
-    if 'jsd' in named and args.aug_splits < 2:
-        raise UsageError('--jsd-loss compares augmentation splits: add --aug-splits 2 or more')
+    flags = task_loss_flags(args)
+    if len(set(flags.values())) > 1:
+        raise UsageError(f'{" and ".join(flags)}: choose one task loss')
+    if 'jsd' in flags.values() and args.aug_splits < 2:
+        raise UsageError(f'{next(iter(flags))} compares augmentation splits: add --aug-splits 2 or more')
 
 
 def _check_precision(args: argparse.Namespace) -> None:
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UsageError(f'--model-dtype {args.model_dtype}: AMP keeps the model in float32; leave out this or --amp')
-    if args.torchscript and args.torchcompile:
-        raise UsageError('--torchscript and --torchcompile: choose one')
+
+
+def _check_compile(args: argparse.Namespace) -> None:
+    mode = as_given('torchcompile_mode', args.torchcompile_mode)
     if args.torchscript and args.sync_bn:
         raise UsageError('--sync-bn cannot be scripted: leave out this or --torchscript')
-
-
-def _check_optimizer(args: argparse.Namespace) -> None:
-    """timm's factory knows best what an optimizer takes: it builds this one for a dummy parameter."""
-    name = args.opt.lower().split('_')[-1]
-    try:
-        get_optimizer_info(name)
-    except ValueError as error:
-        raise UsageError(f'--opt {args.opt}: timm has no such optimizer{nearest(name, list_optimizers())}') from error
-    for twice in sorted(set(args.opt_kwargs) & set(optimizer_kwargs(args))):
-        by_flag = f'opt_{twice}' if twice in ('eps', 'betas') else twice
-        raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {twice} is set by {as_given(by_flag, True)}')
-    kwargs = dict(optimizer_kwargs(args), lr=args.lr or args.lr_base, **args.opt_kwargs)
-    try:
-        create_optimizer_v2([torch.zeros(2, 2, requires_grad=True)], **kwargs)
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
-        raise UsageError(f'--opt {args.opt} (and --opt-kwargs, --opt-eps, --opt-betas): {error}') from error
-    except RuntimeError:
-        pass  # a matter of the device (fused=True): the real parameters will tell
-
-
-def _check_schedule(args: argparse.Namespace) -> None:
-    """As for the optimizer: timm's factory knows which lengths go together."""
-    for dest in ('lr_decay_fn', 'lr_stable_timescale'):
-        if getattr(args, dest) is not None and args.sched not in ('wsd', 'rsqrt'):
-            raise UsageError(f'{as_given(dest, getattr(args, dest))}: is for --sched wsd and rsqrt, not {args.sched}')
-    if args.sched == 'plateau':
-        if args.sched_on_updates:
-            raise UsageError('--sched plateau looks at a metric of the epoch: leave out --sched-on-updates')
+    if args.torchscript and args.torchcompile:
+        raise UsageError('--torchscript and --torchcompile: choose one')
+    if args.torchcompile_mode and not args.torchcompile:
+        raise UsageError(f'{mode}: belongs to --torchcompile, which is not given')
+    if not args.torchcompile:
         return
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.lr or args.lr_base)
-    try:  # a thousand updates stand for an epoch of any length
-        create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1000)
-    except (ValueError, AssertionError) as error:
-        raise UsageError(f'--sched {args.sched}: {error}') from error
+    import torch._dynamo as dynamo  # takes seconds
+    backends = dynamo.list_backends(None)
+    if args.torchcompile not in backends:
+        raise UsageError(f'--torchcompile {args.torchcompile}: torch has no such backend'
+                         f'{nearest(args.torchcompile, backends)}')
+    if args.torchcompile == 'inductor' and args.torchcompile_mode:
+        from torch._inductor import list_mode_options
+        if args.torchcompile_mode not in list_mode_options():
+            raise UsageError(f'{mode}: expected one of {", ".join(list_mode_options())}')
 
 
 def _check_train_sizes(args: argparse.Namespace) -> None:

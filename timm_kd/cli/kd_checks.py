@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import UsageError
 from ..losses import KD_LOSSES
 from .kd_settings import LOSS_PARAMETERS, KDSettings, resolve_kd
-from .messages import as_given
+from .messages import as_given, task_loss_flags
 
 _KD_ONLY = (*LOSS_PARAMETERS, 'task_loss_weight', 'distill_loss_weight', 'kd_warmup_epochs')
 
@@ -72,8 +72,9 @@ def _check_loss(args: argparse.Namespace, settings: KDSettings) -> None:
 
 
 def _check_setting(args: argparse.Namespace, settings: KDSettings) -> None:
-    if args.jsd_loss or args.loss == 'jsd':
-        raise UsageError(f'--jsd-loss: does not go with distillation (--kd-loss {settings.loss})')
+    for flag, loss in task_loss_flags(args).items():
+        if loss == 'jsd':
+            raise UsageError(f'{flag}: does not go with distillation (--kd-loss {settings.loss})')
     if args.aug_splits:
         raise UsageError(f'--aug-splits {args.aug_splits}: does not go with distillation (--kd-loss {settings.loss})')
     if args.num_classes == 1:

@@ -1,4 +1,5 @@
 """How errors speak of flags."""
+import argparse
 import difflib
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +12,17 @@ def as_given(dest: str, value: Any) -> str:
         return name
     if isinstance(value, dict):
         value = [f'{key}={item}' for key, item in value.items()]
-    return f'{name} {" ".join(map(str, value)) if isinstance(value, list) else value}'
+    return f'{name} {" ".join(str(item) or repr("") for item in (value if isinstance(value, list) else [value]))}'
+
+
+def task_loss_flags(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that choose the task loss, as on the command line, and what each chooses."""
+    flags = {'--jsd-loss': 'jsd'} if args.jsd_loss else {}
+    if args.bce_loss:
+        flags['--bce-loss'] = 'bce'
+    if args.loss:
+        flags[f'--loss {args.loss}'] = args.loss
+    return flags
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
