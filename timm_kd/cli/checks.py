@@ -27,7 +27,8 @@ _NOT_NEGATIVE = (
     'warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'decay_epochs', 'decay_rate', 'decay_milestones',
     'lr_k_decay', 'start_epoch', 'save_epochs', 'epoch_repeats', 'aug_repeats', 'aug_splits', 'mixup', 'cutmix',
     'mixup_off_epoch', 'color_jitter', 'recount', 'seed', 'tta', 'local_rank', 'train_size_probs',
-    'train_size_schedule_spread', 'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_warmup_epochs', 'task_loss_weight', 'distill_loss_weight',
+    'train_size_schedule_spread', 'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_warmup_epochs', 'task_loss_weight',
+    'distill_loss_weight',
 )
 _AT_MOST_ONE = (
     'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
