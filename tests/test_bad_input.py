@@ -126,6 +126,10 @@ REFUSED = {
     'start from another model': (
         '--initial-checkpoint {bad}/vit.pth', '--initial-checkpoint {bad}/vit.pth does not fit --model test_resnet',
     ),
+    'start from other classes': (
+        '--initial-checkpoint {bad}/other_classes.pth',
+        '--initial-checkpoint {bad}/other_classes.pth does not fit', '--pretrained-path takes all but the head',
+    ),
     'pretrained truncated': (
         '--pretrained --pretrained-path {bad}/truncated.pth', '--pretrained-path {bad}/truncated.pth cannot be read',
     ),
@@ -169,6 +173,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, digits_teacher: Path) -> Path:
     for path in (folder / 'truncated.pth', shutil.copy(digits_teacher / 'model.safetensors', folder)):
         Path(folder, f'truncated{Path(path).suffix}').write_bytes(Path(path).read_bytes()[:100_000])
     torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), folder / 'vit.pth')
+    torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), folder / 'other_classes.pth')
     torch.save([1, 2], folder / 'list.pth')
     (folder / 'text.pth').write_text('hello')
     (folder / 'empty.pth').touch()

@@ -107,8 +107,10 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
             load_checkpoint(model, args.initial_checkpoint)
         except _BUILD_ERRORS as error:
             _check_readable(args.initial_checkpoint, '--initial-checkpoint')
+            other_head = '--pretrained --pretrained-path takes all but the head of a file; '
             raise UsageError(
-                f'--initial-checkpoint {args.initial_checkpoint} does not fit --model {args.model}: {shortened(error)}'
+                f'--initial-checkpoint {args.initial_checkpoint} does not fit --model {args.model}: '
+                f'{other_head if "size mismatch" in str(error) else ""}{shortened(error)}'
             ) from error
     return model
 
