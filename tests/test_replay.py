@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from timm_kd.errors import UsageError
 from timm_kd.replay import ReplayMixup, make_replayable
+from timm_kd.replay.batches import ShuffledSampler
 
 NUM_CLASSES, PER_CLASS, SIZE = 4, 9, 16
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
@@ -234,3 +235,16 @@ def test_an_iterable_data_set_is_refused_by_the_flags_name():
 
     with pytest.raises(UsageError, match=r'--replayable-data.*Stream is iterable'):
         make_replayable(DataLoader(Stream()), seed=0)
+
+
+@pytest.mark.parametrize('length, world_size', [(10, 1), (10, 3), (2, 5)])
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_the_order_is_that_of_torchs_distributed_sampler(length, world_size, drop_last):
+    for rank in range(world_size):
+        ours, theirs = (
+            sampler(range(length), world_size, rank, drop_last=drop_last)
+            for sampler in (ShuffledSampler, DistributedSampler)
+        )
+        ours.set_epoch(7)
+        theirs.set_epoch(7)
+        assert list(ours) == list(theirs) == ours.order().tolist()

@@ -143,10 +143,12 @@ def create_scheduler(
             scheduler.step(start_epoch)
     if args.stop_epoch is not None:
         num_epochs = min(num_epochs, args.stop_epoch)
-    _logger.info(
-        f'Scheduled epochs: {num_epochs} (epochs + cooldown_epochs). '
-        f'LR stepped per {"update" if args.sched_on_updates else "epoch"}.')
     return scheduler, num_epochs
+
+
+def count_epochs(args: argparse.Namespace, num_batches: int) -> int:
+    """Returns the epochs that the flags schedule, before there is an optimizer in the state to begin with."""
+    return create_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=1.0), num_batches, start_epoch=0)[1]
 
 
 def step_settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> StepSettings:

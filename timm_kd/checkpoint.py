@@ -166,27 +166,29 @@ def find_resume_point(folder: str | Path, run_id: str | None, replayable: bool) 
     return recovery if recovery_epoch > last_epoch else last
 
 
+def next_epoch(checkpoint: dict[str, Any]) -> int:
+    """Returns the epoch that follows a checkpoint of this script or of timm's; 0 when it holds weights alone."""
+    # timm's first format counted the epoch up before saving.
+    return checkpoint['epoch'] + (checkpoint.get('version', 0) > 1) if 'epoch' in checkpoint else 0
+
+
 def resume(
         task: TrainingTask,
         path: str | Path,
         optimizer: torch.optim.Optimizer | None = None,
         loss_scaler: Any = None,
-) -> int | None:
+) -> None:
     """Loads a checkpoint of this script or of timm's into the task, its EMA, the optimizer and the loss scaler.
-
-    Returns:
-        The epoch to go on with, or None when the file holds weights alone.
 
     Raises:
         UsageError: If the checkpoint does not fit the model.
     """
     try:
-        epoch = resume_task_checkpoint(task, str(path), optimizer, loss_scaler)
+        resume_task_checkpoint(task, str(path), optimizer, loss_scaler)
         if task.has_ema():
             load_task_ema_checkpoint(task, str(path))
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f'--resume {path}: does not fit --model and --opt ({shortened(error)}).') from error
-    return epoch
 
 
 def ema_random_state(task: TrainingTask) -> torch.Tensor | None:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
-from timm.utils import NativeScaler
 
-from .checkpoint import find_resume_point, read_checkpoint, resume, run_state_of
+from .checkpoint import find_resume_point, next_epoch, read_checkpoint, run_state_of
 from .record import read_run_id
 
 _logger = logging.getLogger('train')
@@ -36,20 +34,21 @@ class StartPoint:
     in_place: bool = False
 
 
-def find_start(
-        args: argparse.Namespace,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler: NativeScaler | None,
-        output_dir: str | None,
-) -> StartPoint:
-    """Loads what `--resume` names into task, optimizer and scaler; `--start-epoch` overrides its epoch."""
+def find_start(args: argparse.Namespace, output_dir: str | None) -> StartPoint:
+    """Reads where `--resume` says that another run stopped; `--start-epoch` overrides its epoch.
+
+    Args:
+        args: The run's flags.
+        output_dir: The run's folder, on the primary rank.
+
+    Raises:
+        UsageError: If the checkpoint cannot be read.
+    """
     point = _locate(args, output_dir)
     if point.path is not None:
         checkpoint = read_checkpoint(point.path)
-        keep = not args.no_resume_opt
         point.state = run_state_of(checkpoint)
-        point.epoch = resume(task, point.path, optimizer if keep else None, loss_scaler if keep else None) or 0
+        point.epoch = next_epoch(checkpoint)
         if 'batch' in point.state and (args.replayable_data or point.state['epoch_trained']):
             point.epoch, point.same_epoch = checkpoint['epoch'], True
         elif 'batch' in point.state:

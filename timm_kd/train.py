@@ -13,6 +13,7 @@ from timm.utils import random_seed
 from torch.utils.data import DataLoader, IterableDataset
 
 from .build import (
+    count_epochs,
     create_optimizer,
     create_run_teacher,
     create_scheduler,
@@ -20,7 +21,7 @@ from .build import (
     loop_settings,
     step_settings,
 )
-from .checkpoint import AtomicSaver, CheckpointWriteError, write_atomically
+from .checkpoint import AtomicSaver, CheckpointWriteError, resume, write_atomically
 from .cli import parse_args, resolve_kd
 from .data import class_names, create_eval_loader, create_train_data
 from .engine import evaluate_teacher
@@ -94,8 +95,11 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     _check_tta(args, eval_loader)
     optimizer = create_optimizer(args, student)
     loss_scaler = create_loss_scaler(args, device)
+    output_dir = _output_dir(args, data_config) if primary else None
+    start = find_start(args, output_dir)
     if args.teacher_cache:
-        teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype)
+        epochs = range(start.epoch, count_epochs(args, len(data.loader)))
+        teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype, epochs)
     else:
         teacher = create_run_teacher(args, kd, data_config, device)
     task = create_task(args, kd, student, teacher, optimizer, data.mixup_active, device, dtype)
@@ -106,9 +110,13 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
             device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
 
-    output_dir = _output_dir(args, data_config) if primary else None
-    start = find_start(args, task, optimizer, loss_scaler, output_dir)
+    if start.path is not None:
+        keep = not args.no_resume_opt
+        resume(task, start.path, optimizer if keep else None, loss_scaler if keep else None)
     lr_scheduler, num_epochs = create_scheduler(args, optimizer, len(data.loader), start.epoch)
+    _logger.info(
+        f'Scheduled epochs: {num_epochs} (epochs + cooldown_epochs). '
+        f'LR stepped per {"update" if args.sched_on_updates else "epoch"}.')
     eval_metric = args.eval_metric if eval_loader is not None else 'loss'
     if primary:
         _make_folder(output_dir)  # nothing on the command line is wrong, as far as can be known

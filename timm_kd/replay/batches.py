@@ -5,10 +5,23 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from timm.data.scheduled_sampler import ScheduledBatchSampler
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from .draws import ORDER, derive_seed
+
+
+class ShuffledSampler(DistributedSampler):
+    """torch's sampler, which also gives a rank's order of an epoch as an array: a list of millions takes seconds."""
+
+    def order(self) -> np.ndarray:
+        """Return the sample indices of this rank in the epoch set last, `[N]` int64."""
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        return np.resize(order.numpy(), self.total_size)[self.rank::self.num_replicas]  # the first again as padding
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order().tolist())
 
 
 class BatchKey(NamedTuple):
@@ -93,7 +106,9 @@ class ReplayBatchSampler:
         if isinstance(self.batches, ScheduledBatchSampler):
             raise TypeError('The rows of a batch are not known ahead with --train-img-sizes.')
         if self._order is None:
-            self._order = np.fromiter(self.batches.sampler, dtype=np.int64, count=len(self.batches.sampler))
+            sampler = self.batches.sampler
+            shuffled = isinstance(sampler, ShuffledSampler)
+            self._order = sampler.order() if shuffled else np.fromiter(sampler, dtype=np.int64)
         start = batch * self.batches.batch_size
         indices = self._order[start:start + num_batches * self.batches.batch_size]
         return indices, (start + np.arange(len(indices))) * self.world_size + self.rank

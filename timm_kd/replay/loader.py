@@ -7,10 +7,10 @@ from timm.data import FastCollateMixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..errors import UsageError
-from .batches import BatchKey, ReplayBatchSampler
+from .batches import BatchKey, ReplayBatchSampler, ShuffledSampler
 from .transforms import ReplayCollateMixup, ReplayDataset, ReplayErasing
 
 
@@ -93,7 +93,7 @@ def _reseedable_batches(loader: DataLoader) -> BatchSampler | ScheduledBatchSamp
         world_size, rank = getattr(sampler, 'num_replicas', 1), getattr(sampler, 'rank', 0)
         # Padding would make the last batch of an epoch depend on the world size. A schedule made for it keeps it.
         drop_last = loader.drop_last and not isinstance(batches, ScheduledBatchSampler)
-        sampler = DistributedSampler(loader.dataset, num_replicas=world_size, rank=rank, drop_last=drop_last)
+        sampler = ShuffledSampler(loader.dataset, num_replicas=world_size, rank=rank, drop_last=drop_last)
     if isinstance(batches, ScheduledBatchSampler):
         batches.sampler = sampler
         return batches
