@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tarfile
 
 import numpy as np
 import pytest
@@ -128,8 +129,16 @@ def test_the_same_key_opens_a_cache_again(tmp_path):
     folder(tmp_path, key=json.loads(json.dumps(KEY))).close()
 
 
+def store_rows(cache, epoch=0):
+    file = cache.open_epoch(epoch)
+    cache.write(file, np.arange(100), rows_of(100))
+    cache.close_epoch(file)
+
+
 def test_another_key_is_refused_with_field_values_and_way_out(tmp_path):
-    folder(tmp_path).close()
+    first = folder(tmp_path)
+    store_rows(first)
+    first.close()
     with pytest.raises(UsageError) as refused:
         folder(tmp_path, key={**KEY, 'data': {'hflip': 0.0, 'scale': (0.08, 1.0)}})
     assert 'data.hflip was 0.5, is now 0.0' in str(refused.value)
@@ -138,19 +147,40 @@ def test_another_key_is_refused_with_field_values_and_way_out(tmp_path):
 
 def test_rebuild_throws_away_the_rows_of_another_key(tmp_path):
     first = folder(tmp_path)
-    file = first.open_epoch(0)
-    first.write(file, np.arange(100), rows_of(100))
-    file.close()
+    store_rows(first)
     assert first.covers([0], lambda epoch: np.arange(100))
     first.close()
     rebuilt = folder(tmp_path, key={**KEY, 'seed': 1}, rebuild=True)
     assert not rebuilt.covers([0], lambda epoch: np.arange(100))
 
 
-def test_rebuild_is_refused_while_another_run_uses_the_cache(tmp_path):
+def test_rebuild_throws_away_the_rows_of_another_teacher(tmp_path):
+    first = folder(tmp_path, teacher={'weights': 'abc'})
+    store_rows(first)
+    first.close()
+    with pytest.raises(UsageError, match='teacher.weights was "abc", is now "def"'):
+        folder(tmp_path, teacher={'weights': 'def'})
+    (tmp_path / 'teacher.json').write_text('{"teacher": ')
+    with pytest.raises(UsageError, match=r'teacher\.json is damaged: use --teacher-cache-rebuild'):
+        folder(tmp_path, teacher={'weights': 'def'})
+    rebuilt = folder(tmp_path, teacher={'weights': 'def'}, rebuild=True)
+    assert not rebuilt.covers([0], lambda epoch: np.arange(100))
+    rebuilt.claim_teacher({'weights': 'def'})
+
+
+def test_a_key_without_rows_gives_way_to_another(tmp_path):
+    folder(tmp_path).close()  # a run that was refused for another reason before its first row
+    folder(tmp_path, key={**KEY, 'seed': 1}).close()
+    folder(tmp_path, key={**KEY, 'seed': 1}).close()
+
+
+@pytest.mark.parametrize('rebuild', [False, True])
+def test_a_cache_is_not_cleared_while_another_run_uses_it(tmp_path, rebuild):
     other = folder(tmp_path)
+    if rebuild:
+        store_rows(other)
     with pytest.raises(UsageError, match='another run is using'):
-        folder(tmp_path, key={**KEY, 'seed': 1}, rebuild=True)
+        folder(tmp_path, key={**KEY, 'seed': 1}, rebuild=rebuild)
     other.close()
 
 
@@ -207,9 +237,7 @@ def test_a_full_disk_is_an_error_and_keeps_what_was_written(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_read(tmp_path):
     cache = folder(tmp_path)
-    file = cache.open_epoch(0)
-    cache.write(file, np.arange(100), rows_of(100))
-    file.close()
+    store_rows(cache)
     cache.close()
     for path in [*tmp_path.iterdir(), *tmp_path.parents[:2]]:
         path.chmod(0o755 if path.is_dir() else 0o444)
@@ -236,7 +264,9 @@ def test_a_cache_that_cannot_be_written_is_read(tmp_path):
 
 
 def test_a_damaged_key_is_refused(tmp_path):
-    folder(tmp_path).close()
+    first = folder(tmp_path)
+    store_rows(first)
+    first.close()
     (tmp_path / 'key.json').write_text('{"seed": 4')
     with pytest.raises(UsageError, match=r'key\.json is damaged'):
         folder(tmp_path)
@@ -244,11 +274,14 @@ def test_a_damaged_key_is_refused(tmp_path):
 
 def test_the_teachers_validation_is_kept_and_a_damaged_one_counts_as_absent(tmp_path):
     cache = folder(tmp_path)
-    assert cache.load_validation() == {}
-    cache.save_validation(predictions=np.array([1, 2, 3]), top1=np.float64(66.7))
-    assert cache.load_validation()['predictions'].tolist() == [1, 2, 3]
-    (tmp_path / 'validation.npz').write_bytes(b'PK damaged')
-    assert cache.load_validation() == {}
+    assert cache.load_validation('one crop') == {}
+    cache.save_validation('one crop', predictions=np.array([1, 2, 3]), metrics='[{"top1": 66.7}]')
+    cache.save_validation('another', predictions=np.array([3, 2, 1]), metrics='[{"top1": 33.3}]')
+    assert cache.load_validation('one crop')['predictions'].tolist() == [1, 2, 3]
+    assert cache.load_validation('another')['predictions'].tolist() == [3, 2, 1]
+    for path in tmp_path.glob('validation-*.npz'):
+        path.write_bytes(b'PK damaged')
+    assert cache.load_validation('one crop') == {}
 
 
 @pytest.fixture(scope='module')
@@ -281,6 +314,26 @@ def test_a_data_set_is_known_by_its_files_wherever_it_lies(tmp_path, image_folde
     assert fingerprint(moved)['files'] != original['files']
     (moved / 'train' / '9').rename(moved / 'train' / 'A')
     assert fingerprint(moved)['classes'] != original['classes']
+
+
+def test_a_tar_of_images_is_known_by_its_content_and_left_closed(tmp_path, image_folder):
+    def pack(name):
+        with tarfile.open(tmp_path / name, 'w') as tar:
+            for path in sorted((tmp_path / 'images' / 'train').rglob('*.png')):
+                tar.add(path, path.relative_to(tmp_path / 'images' / 'train'))
+        dataset = create_dataset('', root=str(tmp_path / name), split='train')
+        return dataset, fingerprint_dataset(dataset)
+
+    shutil.copytree(image_folder, tmp_path / 'images')
+    dataset, original = pack('a.tar')
+    assert original['count'] == NUM_SAMPLES and pack('b.tar')[1] == original
+    assert dataset.reader.tar_state.tf is None  # workers would share its position
+    changed = tmp_path / 'images' / 'train' / '5' / '2.png'
+    changed.write_bytes(changed.read_bytes()[::-1])
+    repacked = pack('c.tar')[1]
+    assert repacked['contents'] != original['contents']
+    assert {name: repacked[name] for name in ('files', 'targets')} == \
+        {name: original[name] for name in ('files', 'targets')}
 
 
 def test_a_teacher_is_known_by_its_weights(tmp_path):
@@ -400,3 +453,25 @@ def test_topk_logits_read_are_those_the_filling_run_learned_from(tmp_path, image
     assert computed == 0 and torch.equal(read, filled)
     assert all(len(set(row.tolist())) <= 4 for row in read)
     assert math.isfinite(read.sum())
+
+
+def test_a_run_whose_disk_fills_up_goes_on_with_the_live_teacher(tmp_path, image_folder, teacher):
+    resource = pytest.importorskip('resource')
+    loader = loader_of(image_folder)
+    source = cached(tmp_path, loader, teacher, by_position=True)
+    source.folder.open_epoch(0).close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file size limit is what a full disk looks like to a writer.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 20 * 4 * NUM_CLASSES, limits[1]))
+    try:
+        limited = [epoch_logits(loader, source, epoch) for epoch in (0, 1)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for epoch, (logits, computed) in enumerate(limited):
+        loader.batch_sampler.set_epoch(epoch)
+        assert torch.equal(logits, torch.cat([teacher(images) for images, _ in loader]))
+        assert computed == NUM_SAMPLES // 8
+    file = source.folder.open_epoch(0)
+    assert np.flatnonzero(file.has(np.arange(NUM_SAMPLES))).tolist() == list(range(16))  # two of five batches
+    assert len(file.damaged()) == 0
+    assert not (tmp_path / 'epoch-0001.logits').exists()

@@ -217,6 +217,52 @@ def test_another_teacher_is_refused_and_rebuild_fills_anew(filled, run, teacher,
     assert not (folder / 'epoch-0001.logits').exists()
 
 
+def test_a_run_reads_no_epoch_before_its_first(tmp_path, home, images, run, teacher):
+    cache_main(['fill', '--epochs-range', '1', '2', *arguments(home, images, 'second', *cache(tmp_path))])
+    shutil.rmtree(teacher)
+    assert len(run(*cache(tmp_path), '--start-epoch', '1').splitlines()) == 1 + 1
+
+
+@pytest.mark.parametrize('flags', [
+    ['--train-crop-mode', 'rrc'], ['--input-img-mode', 'RGB'], ['--remode', 'const'],
+], ids=' '.join)
+def test_a_flag_that_changes_no_image_changes_no_key(filled, run, teacher, flags):
+    shutil.rmtree(teacher)
+    run(*cache(filled), *flags)
+
+
+def test_students_with_other_crops_keep_a_validation_each(filled, run, teacher, tmp_path):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    crops = [], ['--crop-pct', '0.7']
+    first = [run(*cache(folder), *crop) for crop in crops]
+    shutil.rmtree(teacher)
+    assert [run(*cache(folder), *crop) for crop in crops] == first
+
+
+def test_a_weights_file_at_another_place_is_the_same_teacher(tmp_path, run, teacher):
+    weights = Path(shutil.copy(teacher / 'model.safetensors', tmp_path / 'one.safetensors'))
+    flags = ['--teacher-model', 'test_resnet', *cache(tmp_path / 'cache')]
+    run('--teacher', str(weights), '--epochs', '1', *flags)
+    moved = weights.rename(tmp_path / 'two.safetensors')
+    expected = run('--teacher', str(moved), *flags)
+    moved.rename(weights)
+    assert run('--teacher', str(weights), *flags) == expected
+    weights.unlink()
+    assert run('--teacher', str(weights), *flags) == expected
+
+
+def test_a_teacher_that_is_there_is_checked_beside_one_that_is_not(tmp_path, run, digits_teacher, capsys):
+    pair = [shutil.copytree(digits_teacher, tmp_path / name) for name in ('a', 'b')]
+    flags = ['--teacher', str(pair[0]), '--teacher', str(pair[1]), '--epochs', '1', *cache(tmp_path / 'cache')]
+    run(*flags)
+    shutil.rmtree(pair[1])
+    run(*flags)
+    state = load_file(pair[0] / 'model.safetensors')
+    state['fc.bias'] += 1.0
+    save_file(state, pair[0] / 'model.safetensors')
+    assert 'teacher.members was' in refused(capsys, run, *flags)
+
+
 def test_an_incomplete_cache_without_its_teacher_is_refused(filled, run, teacher, capsys):
     shutil.rmtree(teacher)
     assert f'--teacher local-dir:{teacher}' in refused(capsys, run, *cache(filled), '--epochs', '3')
@@ -239,6 +285,39 @@ def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, home, imag
     cache_main(['info', str(tmp_path)])
     shown = capsys.readouterr().out
     assert 'epoch-0001.logits  48 rows (100.0 %)' in shown and '48 an epoch, by position, 10 classes' in shown
+
+
+def test_filling_more_epochs_than_the_flags_schedule_is_refused(tmp_path, home, images, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['fill', '--epochs-range', '1', '3', *arguments(home, images, 'ahead', *cache(tmp_path))])
+    assert stopped.value.code == 2
+    assert '--epochs-range 1 3: the flags schedule 2 epochs' in capsys.readouterr().err
+
+
+def test_verify_throws_nothing_away(tmp_path, home, images, capsys):
+    changed = shutil.copytree(images, tmp_path / 'images')
+    flags = [*cache(tmp_path / 'cache', '--teacher-cache-rebuild'), '--epochs', '1']
+    cache_main(['fill', *arguments(home, changed, 'rebuilt', *flags)])
+    before = (tmp_path / 'cache' / 'epoch-0000.logits').read_bytes()
+    (changed / 'train' / '3' / '000.png').unlink()
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['verify', str(tmp_path / 'cache')])
+    assert stopped.value.code == 2 and 'dataset.count was' in capsys.readouterr().err
+    assert (tmp_path / 'cache' / 'epoch-0000.logits').read_bytes() == before
+
+
+def test_verify_drops_damaged_rows_for_the_next_run(filled, run, live, tmp_path, monkeypatch):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    with open(folder / 'epoch-0000.logits', 'r+b') as raw:
+        raw.seek(8192 + 40 * 7)
+        raw.write(b'damaged')
+    monkeypatch.chdir(tmp_path)  # the flags that it was filled with are found from anywhere
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['verify', str(folder)])
+    assert stopped.value.code == 1
+    assert present(folder / 'epoch-0000.logits') == present(filled / 'epoch-0000.logits') - 1
+    assert run(*cache(folder)) == live()
+    cache_main(['verify', str(folder)])
 
 
 def test_verify_finds_rows_that_the_teacher_does_not_say(filled, tmp_path):

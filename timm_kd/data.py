@@ -164,7 +164,7 @@ def _create_dataset(args: argparse.Namespace, data_config: DataConfig, training:
     root = args.data_dir or args.data
     if not args.dataset:
         _check_folder(root, split, '--train-split' if training else '--val-split')
-    input_img_mode = _image_mode(args, data_config['input_size'][0])
+    input_img_mode = image_mode(args, data_config['input_size'][0])
     options = dict(repeats=args.epoch_repeats) if training else {}
     try:
         return create_dataset(
@@ -187,7 +187,7 @@ def _create_dataset(args: argparse.Namespace, data_config: DataConfig, training:
         raise UsageError(f'--data-dir {root}, split {split!r}, --dataset {args.dataset!r}: {error}') from error
 
 
-def _image_mode(args: argparse.Namespace, channels: int) -> str:
+def image_mode(args: argparse.Namespace, channels: int) -> str:
     """Returns the PIL mode of the images, timm's default for the model's channels where no flag says."""
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
     try:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..losses import KD_LOSSES
+from ..teacher_cache.teacher_record import MEMBERS_FILE
 from .kd_settings import LOSS_PARAMETERS, KDSettings, resolve_kd
 from .messages import as_given, task_loss_flags
 
@@ -83,7 +84,9 @@ def _check_setting(args: argparse.Namespace, settings: KDSettings) -> None:
 
 def _check_teacher(args: argparse.Namespace, settings: KDSettings) -> None:
     specs = settings.teacher if isinstance(settings.teacher, list) else [settings.teacher]
-    if not any(os.path.isfile(spec) for spec in specs):
+    # Stored logits stand in for a file that is no longer there.
+    known = args.teacher_cache and os.path.exists(os.path.join(args.teacher_cache, MEMBERS_FILE))
+    if not known and not any(os.path.isfile(spec) for spec in specs):
         for dest in ('teacher_model', 'teacher_ema'):
             if getattr(args, dest):
                 raise UsageError(f'{_teacher_flag(args)} is no file, and {as_given(dest, getattr(args, dest))} '

@@ -16,7 +16,7 @@ from ..logs import setup_logging
 from .fill import fill
 from .inspect import describe, verify
 
-EXIT_USAGE, EXIT_DIFFERENT = 2, 1
+EXIT_DIFFERENT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Arguments without the program's name; those of the process when None.
 
     Raises:
-        SystemExit: 2 for a usage error, 1 where `verify` finds rows that differ.
+        SystemExit: 2 for a usage error, 1 where `verify` finds rows that differ, 130 after Ctrl-C.
     """
     options, further = _parser().parse_known_args(argv)
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         print(f'timm_kd.teacher_cache: error: {error}', file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
+    except KeyboardInterrupt:
+        print('timm_kd.teacher_cache: interrupted; what is stored stays, the same command goes on', file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -63,8 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     verifying = commands.add_parser('verify', allow_abbrev=False, help='compute a sample of rows again, and compare')
     for command in (info, verifying):
         command.add_argument('folder', metavar='DIR')
-    verifying.add_argument('--batches', type=int, default=2, help='batches to compute again of each stored epoch')
+    verifying.add_argument('--batches', type=_positive, default=2, help='batches to compute again of each stored epoch')
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{number} is not above 0')
+    return number
 
 
 if __name__ == '__main__':

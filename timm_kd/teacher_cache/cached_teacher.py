@@ -2,7 +2,8 @@
 import json
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..replay import ReplayBatchSampler
 from .epoch_file import EpochFile
 from .layout import RowLayout
-from .store import CacheFolder
+from .store import CacheFolder, DiskFull
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class CachedTeacher(nn.Module):
 
     Attributes:
         members: The single teachers, or what is known of them (`source`, `model_name`, `num_params`).
+        must_store: Whether a disk that fills up ends the run; else it goes on with the live teacher and stores no more.
         validation_key: What the teacher's validation depends on; None: it is not wanted.
         validation_loader: The loader whose order stored predictions are wanted in.
     """
@@ -57,6 +59,7 @@ class CachedTeacher(nn.Module):
         self.device = device
         self.teacher = teacher
         self.members: list[Any] = [] if teacher is None else teacher.members
+        self.must_store = False
         self.validation_key: str | None = None
         self.validation_loader: DataLoader | None = None
         self._file: EpochFile | None = None
@@ -90,7 +93,7 @@ class CachedTeacher(nn.Module):
         if self._epoch != self.batch_sampler.epoch:
             self._open(self.batch_sampler.epoch)
         self._rows = rows = self._rows_of(batch)
-        if not self._file.has(rows).all():
+        if self._file is None or not self._file.has(rows).all():
             return None
         data = self._host_buffer(len(rows))
         self._file.read(rows, data.numpy())
@@ -110,8 +113,22 @@ class CachedTeacher(nn.Module):
         if self.teacher is None:
             raise RuntimeError(f'{self.folder.path} lost rows during the run, and no teacher is there to compute them.')
         packed = self.layout.pack(self.teacher(images))
-        self._write(self._rows[:len(packed)], packed)
+        if self.folder.writable:
+            with self._full_disk():
+                self._write(self._rows, packed)
         return self.layout.unpack(packed)
+
+    @contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        """Go on without storing when the disk is full: a training run is worth more than its cache."""
+        try:
+            yield
+        except DiskFull as error:
+            if self.must_store or self.teacher is None:
+                raise
+            self._pending.clear()
+            self.folder.writable = False
+            _logger.warning(f'{error} This run goes on with the live teacher and stores no more.')
 
     def _write(self, rows: np.ndarray, packed: torch.Tensor) -> None:
         if packed.device.type != 'cuda':
@@ -138,15 +155,22 @@ class CachedTeacher(nn.Module):
 
     def _open(self, epoch: int) -> None:
         self.flush()
-        self._file = self.folder.open_epoch(epoch)
         self._epoch = epoch
+        if self.folder.writable:
+            with self._full_disk():
+                self._file = self.folder.open_epoch(epoch)
+        path = self.folder.epoch_path(epoch)
+        if self._file is None and path.exists() and path.stat().st_size:  # empty where there was no room to make it
+            self._file = self.folder.open_epoch(epoch, writable=False)
 
     def flush(self) -> None:
         """Write what is on its way and bring it to the disk."""
-        while self._pending:
-            self._write_oldest()
+        with self._full_disk():
+            while self._pending:
+                self._write_oldest()
         if self._file is not None:
-            self._file.close()
+            with self._full_disk():
+                self.folder.close_epoch(self._file)
         self._file = self._epoch = None
 
     def close(self) -> None:
@@ -160,7 +184,7 @@ class CachedTeacher(nn.Module):
 
     def knows_validation(self) -> bool:
         """Tell whether the teacher's validation is stored, or not wanted."""
-        return self.validation_key is None or str(self.folder.load_validation().get('key')) == self.validation_key
+        return self.validation_key is None or bool(self.folder.load_validation(self.validation_key))
 
     def validation(
             self,
@@ -178,8 +202,8 @@ class CachedTeacher(nn.Module):
         sampler = self.validation_loader.sampler
         rank, world_size = getattr(sampler, 'rank', 0), getattr(sampler, 'num_replicas', 1)
         count = len(self.validation_loader.dataset)
-        if self.teacher is None or self.knows_validation():
-            stored = self.folder.load_validation()
+        stored = self.folder.load_validation(self.validation_key)
+        if on_all_ranks(bool(stored)):
             # Ranks are padded with the first samples to equal numbers.
             own = np.arange(rank, -(-count // world_size) * world_size, world_size) % count
             metrics = json.loads(str(stored['metrics']))
@@ -194,5 +218,15 @@ class CachedTeacher(nn.Module):
             torch.distributed.all_gather(parts, predictions)
         if rank == 0:
             whole = torch.stack(parts, dim=1).flatten()[:count].cpu().numpy()
-            self.folder.save_validation(key=self.validation_key, metrics=json.dumps(metrics), predictions=whole)
+            with self._full_disk():
+                self.folder.save_validation(self.validation_key, metrics=json.dumps(metrics), predictions=whole)
         return metrics, predictions
+
+
+def on_all_ranks(answer: bool) -> bool:
+    """Agree: a rank that does what the others do not would wait for them in vain."""
+    if not torch.distributed.is_initialized():
+        return answer
+    answers = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(answers, answer)
+    return all(answers)

@@ -139,12 +139,19 @@ class EpochFile:
             _logger.warning(f'{self.path}: {len(damaged)} rows are damaged and count as absent.')
 
     def close(self) -> None:
-        """Bring the rows to the disk, and say so in the file."""
+        """Bring the rows to the disk, and say so in the file.
+
+        Raises:
+            OSError: They did not fit after all; the file is closed all the same.
+        """
         if self._fd is None:
             return
-        if self.writable and self._unsynced[0]:
-            os.fsync(self._fd)
-            self._unsynced[0] = 0
-        os.close(self._fd)
-        # The map goes with its last view.
-        self._fd = self._map = self._unsynced = self.checksums = self._rows = None
+        fd, self._fd = self._fd, None
+        try:
+            if self.writable and self._unsynced[0]:
+                os.fsync(fd)
+                self._unsynced[0] = 0
+        finally:
+            os.close(fd)
+            # The map goes with its last view.
+            self._map = self._unsynced = self.checksums = self._rows = None

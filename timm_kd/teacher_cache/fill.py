@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..build import step_settings
+from ..build import count_epochs, step_settings
 from ..cli import parse_args, resolve_kd
 from ..data import TrainData, create_eval_loader, create_train_data
 from ..engine import StepSettings, evaluate_teacher
@@ -24,7 +24,7 @@ from ..random_state import preserved_random_state
 from ..runtime import model_dtype, setup_device
 from ..student import create_student
 from .cached_teacher import CachedTeacher
-from .setup import count_epochs, open_cached_teacher
+from .setup import open_cached_teacher
 
 _logger = logging.getLogger(__name__)
 
@@ -76,12 +76,15 @@ def open_run(
         The run, and its epochs.
 
     Raises:
-        UsageError: The flags make no run with a cache, or the cache does not fit them or the disk.
+        UsageError: The flags make no run with a cache, or one of fewer epochs; or the cache does not fit them or the
+            disk.
     """
     args, args_text = parse_args(argv)
     kd = resolve_kd(args)
     if not args.teacher_cache or kd is None or kd.teacher is None:
-        raise UsageError('fill needs the flags of a training run with --teacher SPEC and --teacher-cache DIR.')
+        raise UsageError('the flags of a training run are needed, --teacher SPEC and --teacher-cache DIR among them.')
+    if live:
+        args.teacher_cache_rebuild = False  # looking changes nothing
     device = setup_device(args, device_given=any(word.split('=')[0] == '--device' for word in argv))
     dtype = model_dtype(args)
     random_seed(args.seed, args.rank)
@@ -89,7 +92,13 @@ def open_run(
     _, data_config = create_student(args, torch.device('cpu'), None, args.rank == 0)
     data = create_train_data(args, data_config, device, dtype)
     eval_loader = create_eval_loader(args, data_config, device, dtype)
-    epochs = range(count_epochs(args, len(data.loader))) if epochs is None else epochs
+    scheduled = range(count_epochs(args, len(data.loader)))
+    epochs = scheduled if epochs is None else epochs
+    if max(epochs) not in scheduled and not live:
+        raise UsageError(
+            f'--epochs-range {min(epochs)} {max(epochs) + 1}: the flags schedule {len(scheduled)} epochs, raise '
+            '--epochs.'
+        )
     teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype, epochs, live)
     return TeacherRun(args, data, step_settings(args, device, dtype), teacher, eval_loader), epochs
 
@@ -109,6 +118,7 @@ def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
         raise UsageError(f'--epochs-range {epochs_range[0]} {epochs_range[1]}: holds no epoch; the first is 0.')
     run, epochs = open_run(argv, None if epochs_range is None else range(*epochs_range))
     teacher, primary = run.teacher, run.args.rank == 0
+    teacher.must_store = True
     if teacher.teacher is None:
         return
     if run.args.torchcompile:

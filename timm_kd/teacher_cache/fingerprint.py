@@ -1,10 +1,13 @@
 """What identifies a data set or a teacher without loading either: names, sizes, hashes."""
+import copy
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from timm.data.readers.reader import Reader
 from timm.models import get_pretrained_cfg
 from torch.utils.data import Dataset
 
@@ -24,26 +27,39 @@ def fingerprint_dataset(dataset: Dataset) -> dict[str, Any]:
         dataset: One of timm's `create_dataset`, or any with a length.
 
     Returns:
-        `type`, `count`, and hashes: `files`, `sizes`, `contents`, `classes`, each where the data set knows them.
+        `type`, `count`, and hashes: `files`, `sizes`, `contents`, `targets`, `classes`, each where the data set knows
+        them.
     """
     reader = getattr(dataset, 'reader', dataset)
-    content = {'type': type(reader).__name__, 'count': len(dataset)}
+    found = {'type': type(reader).__name__, 'count': len(dataset)}
     samples = getattr(reader, 'samples', None)
-    if samples and isinstance(samples[0][0], str):
-        root = os.path.commonpath([samples[0][0], samples[-1][0]])
-        root = str(getattr(reader, 'root', root))
-        content['files'] = _hash(f'{path.removeprefix(root)} {target}' for path, target in samples)
-        content['sizes'] = _hash(str(os.path.getsize(path)) for path, _ in _spread(samples, _MAX_SIZES))
-        content['contents'] = _hash_files([Path(path) for path, _ in _spread(samples, _MAX_CONTENTS)])
+    if isinstance(samples, list) and isinstance(samples[0][0], str):
+        root = str(getattr(reader, 'root', os.path.commonpath([samples[0][0], samples[-1][0]])))
+        found['files'] = _hash(f'{path.removeprefix(root)} {target}' for path, target in samples)
+        found['sizes'] = _hash(str(os.path.getsize(path)) for path, _ in _spread(samples, _MAX_SIZES))
     elif hasattr(getattr(reader, 'dataset', None), '_fingerprint'):
-        content['files'] = reader.dataset._fingerprint  # of Hugging Face datasets: hashes data and transforms of it
-    elif hasattr(dataset, 'filenames'):
-        content['files'] = _hash(dataset.filenames())
-    elif hasattr(dataset, 'targets'):
-        content['targets'] = _hash(str(target) for target in dataset.targets)
+        return {**found, 'files': reader.dataset._fingerprint}  # of Hugging Face datasets: of data and transforms
+    elif isinstance(reader, Reader):
+        found['files'] = _hash(reader.filenames())
+    if isinstance(reader, Reader):
+        found['contents'] = _hash_blocks(_contents(reader))
+    elif hasattr(dataset, 'data'):  # torchvision's data sets in memory
+        found['contents'] = _hash_blocks(np.asarray(image).tobytes() for image in _spread(dataset.data, _MAX_CONTENTS))
+    if hasattr(reader, 'targets'):
+        found['targets'] = _hash(str(target) for target in reader.targets)
     if getattr(reader, 'class_to_idx', None):
-        content['classes'] = _hash(f'{name} {index}' for name, index in reader.class_to_idx.items())
-    return content
+        found['classes'] = _hash(f'{name} {index}' for name, index in reader.class_to_idx.items())
+    return found
+
+
+def _contents(reader: Reader) -> Iterator[bytes]:
+    if getattr(reader, 'cache_tarfiles', False):
+        # Workers must not inherit an open tar file: they would share its position.
+        reader = copy.copy(reader)
+        reader.cache_tarfiles = False
+    for index in _spread(range(len(reader)), _MAX_CONTENTS):
+        with reader[index][0] as file:
+            yield file.read()
 
 
 def fingerprint_teacher(spec: str) -> dict[str, Any]:
@@ -60,11 +76,11 @@ def fingerprint_teacher(spec: str) -> dict[str, Any]:
     """
     kind, place = locate(spec)
     if kind == 'file':
-        return {'file': Path(place).name, 'sha256': _hash_files([Path(place)])}
+        return {'sha256': _hash_files([Path(place)])}
     if kind == 'folder':
         folder = Path(place.removeprefix('local-dir:'))
         files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
-        return {'folder': folder.name, 'sha256': _hash_files(files)}
+        return {'sha256': _hash_files(files)}
     if kind == 'timm':
         cfg = get_pretrained_cfg(place)
         return {'timm': place, 'weights': cfg.hf_hub_id or cfg.url or str(cfg.file), 'tag': cfg.tag}
@@ -86,9 +102,17 @@ def _hash(lines: Iterable[str]) -> str:
 
 
 def _hash_files(paths: list[Path]) -> str:
+    return _hash_blocks(block for path in paths for block in _blocks(path))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _hash_blocks(blocks: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
-        with open(path, 'rb') as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()

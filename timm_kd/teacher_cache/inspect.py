@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..errors import UsageError
 from .epoch_file import EpochFile
 from .fill import TeacherRun, open_run
 from .key import read_key
 from .layout import RowLayout
-from .store import ARGS_FILE, EPOCH_FILES, KEY_FILE, TEACHER_FILE, VALIDATION_FILE, format_bytes
+from .store import ARGS_FILE, EPOCH_FILES, KEY_FILE, format_bytes
+from .teacher_record import VALIDATION_FILES, read_members, read_validation
 
 _logger = logging.getLogger(__name__)
 
@@ -27,15 +29,14 @@ def describe(folder: str | Path) -> str:
     folder = Path(folder)
     key = read_key(folder / KEY_FILE)
     lines = [f'{folder}: teacher logits']
-    if (folder / TEACHER_FILE).exists():
-        for member in json.loads((folder / TEACHER_FILE).read_text())['members']:
-            lines.append(f'teacher   {member["source"]} ({member["model_name"]}, {member["num_params"]} parameters)')
-    validation = folder / VALIDATION_FILE
-    if validation.exists():
-        with np.load(validation) as stored:
-            for metrics in json.loads(str(stored['metrics'])):
-                lines.append(f'          top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % in validation')
-    rows = key['rows']
+    for member in read_members(folder) or ():
+        lines.append(f'teacher   {member["source"]} ({member["model_name"]}, {member["num_params"]} parameters)')
+    for validation in map(read_validation, sorted(folder.glob(VALIDATION_FILES))):
+        for metrics in json.loads(str(validation.get('metrics', '[]'))):
+            lines.append(f'          top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % in validation')
+    rows = key.get('rows')
+    if not isinstance(rows, dict):
+        raise UsageError(f'{folder / KEY_FILE} is damaged: fill the folder anew with --teacher-cache-rebuild.')
     lines.append(
         f'rows      {rows["count"]} an epoch, by {rows["by"]}, {rows["classes"]} classes as {rows["dtype"]}'
         + (f', the {rows["topk"]} largest' if rows['topk'] else '')
@@ -84,27 +85,38 @@ def verify(folder: str | Path, further: list[str], batches_per_epoch: int = 2) -
 @torch.no_grad()
 def _verify_epoch(run: TeacherRun, epoch: int, num_batches: int) -> bool:
     teacher = run.teacher
-    file = teacher.folder.open_epoch(epoch, writable=False)
+    file = teacher.folder.open_epoch(epoch)
     damaged = len(file.damaged())
+    if damaged and file.writable:
+        file.drop_damaged()  # the next run with the teacher computes them again
     present = file.has(teacher.epoch_rows(epoch)).reshape(run.num_batches, -1).all(axis=1)
-    file.close()
+    teacher.folder.close_epoch(file)
     complete = np.flatnonzero(present)
     sample = np.random.default_rng(epoch).choice(complete, min(num_batches, len(complete)), replace=False)
-    worst = 0.0
-    for batch in sorted(sample.tolist()):
-        images = next(iter(run.images(epoch, batch)))
-        stored = teacher.stored(batch)
-        with run.steps.autocast():
-            computed = teacher.layout.unpack(teacher.layout.pack(teacher.teacher(images)))
-        known = stored.isfinite()
-        scale = stored.where(known, 0).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
-        difference = ((stored - computed).abs() / scale).where(known & computed.isfinite(), 0.0)
-        mask_moved = (known != computed.isfinite()).any()
-        worst = max(worst, float('inf') if mask_moved else difference.max().item())
+    worst = max((_difference(run, epoch, batch) for batch in sorted(sample.tolist())), default=0.0)
     teacher.flush()
-    holds = not damaged and worst <= _TOLERANCE
+    if worst > _TOLERANCE:
+        verdict = f'DIFFERS, delete {teacher.folder.epoch_path(epoch)} to have it computed again'
+    elif damaged:
+        verdict = 'DAMAGED'
+    else:
+        verdict = 'holds' if len(sample) else 'nothing to compare'
     _logger.info(
         f'epoch {epoch}: {damaged} damaged rows; {len(sample)} of {len(complete)} batches computed again, largest '
-        f'difference {worst:.2e} of the largest logit: {"holds" if holds else "DIFFERS"}'
+        f'difference {worst:.2e} of the largest logit: {verdict}'
     )
-    return holds
+    return not damaged and worst <= _TOLERANCE
+
+
+def _difference(run: TeacherRun, epoch: int, batch: int) -> float:
+    """Return by how much a batch computed again differs, in parts of a row's largest logit."""
+    teacher = run.teacher
+    images = next(iter(run.images(epoch, batch)))
+    stored = teacher.stored(batch)
+    with run.steps.autocast():
+        computed = teacher.layout.unpack(teacher.layout.pack(teacher.teacher(images)))
+    known = stored.isfinite()
+    if (known != computed.isfinite()).any():
+        return float('inf')
+    scale = stored.where(known, 0).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+    return ((stored - computed).abs() / scale).where(known, 0.0).max().item()

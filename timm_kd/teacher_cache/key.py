@@ -23,7 +23,7 @@ def claim_key(path: Path, key: Key) -> None:
     """
     key = json.loads(json.dumps(key))
     if not path.exists():
-        _write_new(path, key)
+        write_new(path, json.dumps(key, indent=2))
     check_key(read_key(path), key, path.parent)
 
 
@@ -35,8 +35,10 @@ def read_key(path: Path) -> Key:
     """
     try:
         key = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f'--teacher-cache {path.parent}: no {path.name} in it, so it is no teacher cache.') from None
+    except OSError as error:
+        raise UsageError(f'--teacher-cache {path.parent}: {path.name}: {error.strerror}.') from error
     except ValueError:
         key = None
     if not isinstance(key, dict):
@@ -79,11 +81,10 @@ def _flatten(value: Any, prefix: str = '') -> dict[str, Any]:
     }
 
 
-def _write_new(path: Path, key: Key) -> None:
-    """Write a key that is whole from the moment it is there, unless another run was faster."""
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is whole from the moment it is there, unless there is one already."""
     with tempfile.NamedTemporaryFile('w', dir=path.parent, prefix=f'.{path.name}-', delete=False) as file:
-        json.dump(key, file, indent=2)
-        file.write('\n')
+        file.write(text.rstrip('\n') + '\n')
         file.flush()
         os.fsync(file.fileno())
     try:

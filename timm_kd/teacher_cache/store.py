@@ -1,9 +1,9 @@
-"""The folder of a cache: its key, its lock, a file for each epoch, and the teacher's validation."""
+"""The folder of a cache: its key, its lock, a file for each epoch, and the teacher's validations."""
 import errno
+import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,27 @@ import numpy as np
 
 from ..errors import UsageError
 from .epoch_file import EpochFile, epoch_file_size
-from .key import Key, claim_key
+from .key import Key, claim_key, write_new
+from .teacher_record import (
+    MEMBERS_FILE,
+    TEACHER_FILE,
+    VALIDATION_FILES,
+    read_members,
+    read_validation,
+    validation_path,
+)
 
 _logger = logging.getLogger(__name__)
 
-KEY_FILE, LOCK_FILE, VALIDATION_FILE = 'key.json', 'lock', 'validation.npz'
-TEACHER_FILE, ARGS_FILE = 'teacher.json', 'args.yaml'
-_REPLACED = VALIDATION_FILE, TEACHER_FILE, ARGS_FILE
-EPOCH_FILES = 'epoch-*.logits'
+KEY_FILE, LOCK_FILE, ARGS_FILE, EPOCH_FILES = 'key.json', 'lock', 'args.yaml', 'epoch-*.logits'
+# The key goes last: a folder with a key never holds another key's rows, whenever clearing it is interrupted.
+_CLEARED = EPOCH_FILES, VALIDATION_FILES, TEACHER_FILE, MEMBERS_FILE, ARGS_FILE, KEY_FILE
 _READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
+class DiskFull(UsageError):
+    """The disk of a cache has no more room."""
 
 
 class CacheFolder:
@@ -35,15 +47,24 @@ class CacheFolder:
         num_rows: Rows of an epoch.
         row_bytes: Bytes of a row.
         rebuild: Throw away what is stored for another key; what is stored for this one is kept.
+        teacher: What the live teacher says of itself, where it is loaded already; as for `claim_teacher`.
 
     Attributes:
         writable: Whether rows can be added.
 
     Raises:
-        UsageError: The folder holds another key, cannot be made, or is in use while `rebuild` wants to clear it.
+        UsageError: The folder holds rows of another key, cannot be made, or is in use while it is to be cleared.
     """
 
-    def __init__(self, path: Path, key: Key, num_rows: int, row_bytes: int, rebuild: bool = False) -> None:
+    def __init__(
+            self,
+            path: Path,
+            key: Key,
+            num_rows: int,
+            row_bytes: int,
+            rebuild: bool = False,
+            teacher: Key | None = None,
+    ) -> None:
         self.path = Path(path)
         self.num_rows = num_rows
         self.row_bytes = row_bytes
@@ -58,23 +79,48 @@ class CacheFolder:
         self.writable = self._lock is not None
         self._share()
         try:
-            self._claim(key, rebuild)
+            self._claim(key, teacher, rebuild)
         except BaseException:
             self.close()
             raise
 
-    def _claim(self, key: Key, rebuild: bool) -> None:
+    def _claim(self, key: Key, teacher: Key | None, rebuild: bool) -> None:
         if not self.writable and not (self.path / KEY_FILE).exists():
             raise UsageError(f'--teacher-cache {self.path} is empty and cannot be written: use another folder.')
         try:
-            claim_key(self.path / KEY_FILE, key)
+            self._claim_both(key, teacher)
         except UsageError:
-            if not rebuild:
+            # A run that was refused before its first row leaves a key, and no reason to keep it.
+            if not rebuild and any(self.path.glob(EPOCH_FILES)):
                 raise
             self._clear()
-            claim_key(self.path / KEY_FILE, key)
+            self._claim_both(key, teacher)
         except OSError as error:
             raise self._explain(error) from error
+
+    def _claim_both(self, key: Key, teacher: Key | None) -> None:
+        claim_key(self.path / KEY_FILE, key)
+        if teacher is not None:
+            self.claim_teacher(teacher)
+
+    def claim_teacher(self, teacher: Key) -> None:
+        """Write down what the live teacher says of itself, or check that it is the one that filled the cache.
+
+        Raises:
+            UsageError: It is another one.
+        """
+        if self.writable or (self.path / TEACHER_FILE).exists():
+            claim_key(self.path / TEACHER_FILE, {'teacher': teacher})
+
+    def describe(self, members: list[dict[str, Any]], args_text: str) -> None:
+        """Keep what a run without the teacher says of its members, and the flags to make it again; the first stay."""
+        if self.writable:
+            write_new(self.path / MEMBERS_FILE, json.dumps({'members': members}, indent=2))
+            write_new(self.path / ARGS_FILE, args_text)
+
+    def members(self) -> list[dict[str, Any]] | None:
+        """Return what is known of the teacher's members; None where no teacher has been here yet."""
+        return read_members(self.path)
 
     def _share(self) -> None:
         import fcntl  # not on Windows, where only this feature is missed
@@ -90,15 +136,18 @@ class CacheFolder:
         import fcntl
 
         if not self.writable:
-            raise UsageError(f'--teacher-cache-rebuild: {self.path} cannot be written.')
+            raise UsageError(f'--teacher-cache {self.path} cannot be written: use another folder.')
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f'--teacher-cache-rebuild: another run is using {self.path}: wait for its end.') from None
-        _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
-        # The key goes last: a folder with a key never holds another key's rows, whenever this is interrupted.
-        for path in [*self.path.glob(EPOCH_FILES), *(self.path / name for name in _REPLACED), self.path / KEY_FILE]:
-            path.unlink(missing_ok=True)
+            raise UsageError(
+                f'--teacher-cache {self.path} has to be cleared, and another run is using it: wait for its end.'
+            ) from None
+        if any(self.path.glob(EPOCH_FILES)):
+            _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
+        for pattern in _CLEARED:
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
@@ -114,7 +163,7 @@ class CacheFolder:
         """Open an epoch's file.
 
         Raises:
-            UsageError: It was cut short, or cannot be made.
+            UsageError: It was cut short, or cannot be made; `DiskFull` for want of room.
         """
         try:
             return EpochFile(self.epoch_path(epoch), self.num_rows, self.row_bytes, writable and self.writable)
@@ -125,16 +174,27 @@ class CacheFolder:
         """Write rows `[B]`, `data` `[B, row_bytes]` uint8.
 
         Raises:
-            UsageError: The disk is full.
+            DiskFull: There is no room for them.
         """
         try:
             file.write(rows, data)
         except OSError as error:
             raise self._explain(error) from error
 
+    def close_epoch(self, file: EpochFile) -> None:
+        """Close an epoch's file.
+
+        Raises:
+            DiskFull: What was written did not fit after all.
+        """
+        try:
+            file.close()
+        except OSError as error:
+            raise self._explain(error) from error
+
     def _explain(self, error: OSError) -> UsageError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return UsageError(
+        if error.errno in _NO_ROOM:
+            return DiskFull(
                 f'--teacher-cache {self.path}: the disk is full. What is stored so far is kept: make room and start '
                 'again, or store less with --teacher-cache-epochs or --teacher-cache-topk.'
             )
@@ -186,25 +246,20 @@ class CacheFolder:
                 '(--teacher-cache-topk), or use another disk.'
             )
 
-    def load_validation(self) -> dict[str, np.ndarray]:
-        """Return the arrays of the teacher's validation, or an empty dict."""
-        try:
-            with np.load(self.path / VALIDATION_FILE) as stored:  # allow_pickle is off by default
-                return dict(stored)
-        except FileNotFoundError:
-            return {}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-            _logger.warning(f'{self.path / VALIDATION_FILE} is damaged and counts as absent.')
-            return {}
+    def load_validation(self, key: str) -> dict[str, np.ndarray]:
+        """Return the arrays of the teacher's validation under a key, or an empty dict."""
+        stored = read_validation(validation_path(self.path, key))
+        return stored if str(stored.get('key')) == key else {}
 
-    def save_validation(self, **arrays: Any) -> None:
-        """Store the arrays of the teacher's validation in place of earlier ones; nothing where it cannot be written."""
+    def save_validation(self, key: str, **arrays: Any) -> None:
+        """Store the arrays of the teacher's validation under a key; nothing where it cannot be written."""
         if not self.writable:
             return
-        temporary = self.path / f'.{VALIDATION_FILE}-{os.getpid()}.npz'
+        path = validation_path(self.path, key)
+        temporary = path.with_name(f'.{path.stem}-{os.getpid()}.npz')
         try:
-            np.savez(temporary, **arrays)
-            os.replace(temporary, self.path / VALIDATION_FILE)
+            np.savez(temporary, key=key, **arrays)
+            os.replace(temporary, path)
         except OSError as error:
             raise self._explain(error) from error
         finally:
