@@ -68,6 +68,8 @@ def run_on_ranks(function: Callable, args: tuple, folder: Path, world_size: int 
 
 def _run(function: Callable, args: tuple, stdout: Path, stderr: Path, env: dict[str, str]) -> None:
     os.environ.update(env)
+    # Workers as in a run from the command line; those of a fork server would outlive one that is killed.
+    multiprocessing.set_start_method('fork', force=True)
     for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
         stream.flush()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
