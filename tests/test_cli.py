@@ -1,5 +1,6 @@
 """The command line: timm's flags as timm has them, and what is refused before anything is built."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,11 @@ def test_refused_with_a_line_that_names(refuse, argv, names):
     error = refuse(*argv)
     for name in names:
         assert name in error
+
+
+def test_tensorboard_that_is_not_installed_is_refused(refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorboard', None)  # what the import system takes for not installed
+    assert 'pip install timm-kd[tensorboard]' in refuse('--log-tensorboard')
 
 
 def test_missing_data_set_is_refused(refuse):

@@ -263,6 +263,12 @@ def test_a_cache_that_cannot_be_written_is_read(tmp_path):
     assert process.exitcode == 0
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / 'cache').write_text('')
+    with pytest.raises(UsageError, match='cache: a folder is needed'):
+        folder(tmp_path / 'cache')
+
+
 def test_a_damaged_key_is_refused(tmp_path):
     first = folder(tmp_path)
     store_rows(first)

@@ -14,7 +14,6 @@ from tqdm import tqdm  # comes with huggingface_hub
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .engine import Progress
-from .errors import UsageError
 from .meters import StepTotals
 
 _logger = logging.getLogger('train')
@@ -37,9 +36,6 @@ class RunLog:
         save_images: Save the batch of each line as a picture.
         tensorboard: Write TensorBoard events.
         wandb_options: Keywords of `wandb.init`; None for no Weights & Biases.
-
-    Raises:
-        UsageError: If TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -134,10 +130,8 @@ class RunLog:
 
 
 def _tensorboard_writer(output_dir: str) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError('--log-tensorboard: pip install timm-kd[tensorboard], it is not installed.') from error
+    from torch.utils.tensorboard import SummaryWriter  # an extra, which the flags were checked for
+
     return SummaryWriter(output_dir)
 
 

@@ -5,6 +5,7 @@ Everything here is known from the flags alone, so that it is said before any mod
 import argparse
 import math
 import os
+from importlib.util import find_spec
 from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -127,6 +128,8 @@ def _check_refused(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
             raise UsageError(f'{as_given(dest, value)}: NaFlex data is not supported, leave the naflex flags out')
     if args.target_key and ',' in args.target_key:
         raise UsageError(f'--target-key {args.target_key}: several fields make a multi-label task: not supported')
+    if args.log_tensorboard and find_spec('tensorboard') is None:
+        raise UsageError('--log-tensorboard: tensorboard is not installed, pip install timm-kd[tensorboard]')
 
 
 def _check_data(args: argparse.Namespace) -> None:

@@ -75,7 +75,8 @@ class CacheFolder:
             self._lock = open(self.path / LOCK_FILE, 'a')
         except OSError as error:
             if error.errno not in _READ_ONLY or not self.path.is_dir():
-                raise UsageError(f'--teacher-cache {path}: {error.strerror}.') from error
+                reason = 'a folder is needed' if self.path.is_file() else error.strerror
+                raise UsageError(f'--teacher-cache {path}: {reason}.') from error
         self.writable = self._lock is not None
         self._share()
         try:
