@@ -61,7 +61,7 @@ def open_cached_teacher(
     rows = rows_of(args, data)
     layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
     key = cache_key(args, kd, data_config, data, rows, device, dtype)
-    # Whether what is stored has to be thrown away, the teacher has a say in.
+    # Whether rows have to be thrown away depends on what the teacher says of itself, too.
     early = live or args.teacher_cache_rebuild
     teacher = create_run_teacher(args, kd, data_config, device) if early else None
     folder = _open_folder(args, key, rows.count, layout.row_bytes, None if teacher is None else teacher.fingerprint())
