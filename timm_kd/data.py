@@ -39,12 +39,11 @@ class TrainData:
                     sampler.set_epoch(epoch)
                     break
 
-    def disable_mixup(self) -> None:
-        """Ends Mixup and CutMix (`--mixup-off-epoch`); targets stay dense."""
-        if getattr(self.loader, 'mixup_enabled', False):
-            self.loader.mixup_enabled = False
-        elif self.mixup_fn is not None:
-            self.mixup_fn.mixup_enabled = False
+    def set_mixup(self, enabled: bool) -> None:
+        """Switches Mixup and CutMix, where there are any (`--mixup-off-epoch`); targets stay dense."""
+        if self.mixup_active:
+            mixer = self.loader if self.mixup_fn is None else self.mixup_fn
+            mixer.mixup_enabled = enabled
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

@@ -134,7 +134,7 @@ class Loop:
             self.totals = StepTotals(self.steps.device)
         self.data.set_epoch(epoch, self.first_batch)
         if self.settings.mixup_off_epoch and epoch >= self.settings.mixup_off_epoch:
-            self.data.disable_mixup()
+            self.data.set_mixup(False)
         if isinstance(self.task, KDTask):
             self.task.set_epoch(epoch + 1)
         if self.first_batch < len(self.data.loader):

@@ -47,17 +47,12 @@ class TeacherRun:
         """Yield the batches of images of an epoch, as the student of a training run gets them."""
         self.data.set_epoch(epoch, first_batch)
         off_epoch = self.args.mixup_off_epoch
-        self._set_mixing(not off_epoch or epoch < off_epoch)
+        self.data.set_mixup(not off_epoch or epoch < off_epoch)
         for input, target in self.data.loader:
             input, target = self.steps.place(input, target)
             if self.data.mixup_fn is not None:
                 input, target = self.data.mixup_fn(input, target)
             yield self.steps.arrange(input)
-
-    def _set_mixing(self, enabled: bool) -> None:
-        mixer = self.data.loader if self.data.mixup_fn is None else self.data.mixup_fn
-        if self.data.mixup_active:
-            mixer.mixup_enabled = enabled
 
 
 def open_run(

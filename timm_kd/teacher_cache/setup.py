@@ -20,6 +20,7 @@ from .key import Key
 from .layout import RowLayout
 from .run_key import cache_key, rows_of, validation_key
 from .store import CacheFolder
+from .teacher_record import read_members
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def open_cached_teacher(
     # Which epochs are distinct is the sampler's to say.
     epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs}) if args.teacher_cache_epochs else epochs
     complete = folder.covers(epochs, cached.epoch_rows)
-    members = folder.members()
+    members = read_members(folder.path)
     if on_all_ranks(complete and cached.knows_validation() and members is not None):
         cached.teacher = None
         cached.members = [SimpleNamespace(**member) for member in members]

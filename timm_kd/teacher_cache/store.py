@@ -17,7 +17,6 @@ from .teacher_record import (
     MEMBERS_FILE,
     TEACHER_FILE,
     VALIDATION_FILES,
-    read_members,
     read_validation,
     validation_path,
 )
@@ -118,10 +117,6 @@ class CacheFolder:
         if self.writable:
             write_new(self.path / MEMBERS_FILE, json.dumps({'members': members}, indent=2))
             write_new(self.path / ARGS_FILE, args_text)
-
-    def members(self) -> list[dict[str, Any]] | None:
-        """Return what is known of the teacher's members; None where no teacher has been here yet."""
-        return read_members(self.path)
 
     def _share(self) -> None:
         import fcntl  # not on Windows, where only this feature is missed
