@@ -12,7 +12,7 @@ from hub_server import Hub
 from huggingface_hub.errors import GatedRepoError, Response
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from timm_kd.teacher.hub_errors import explain
+from timm_kd.errors import explain
 
 TOKEN = 'hf_thisIsTheReadersSecretToken'
 CODE = '''

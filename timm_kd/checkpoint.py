@@ -13,7 +13,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .errors import UsageError, shortened
-from .safe_load import load_file
+from .files import load_file
 
 _logger = logging.getLogger(__name__)
 
@@ -30,16 +30,6 @@ def _flush(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Writes a text file so that a kill leaves either the old one or the new one, whole."""
-    temporary = f'{path}.tmp'
-    with open(temporary, 'w', newline='') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class AtomicSaver(CheckpointSaver):

@@ -1,4 +1,19 @@
-"""The error a user can mend: it names the flag, the value seen and the way out."""
+"""The error that a user can mend, and what makes its sentence: the nearest name, one line, why the Hub said no."""
+import difflib
+from collections.abc import Iterable
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_LOG_IN = '`hf auth login` (or HF_TOKEN) logs you in'
 
 
 class UsageError(ValueError):
@@ -6,6 +21,40 @@ class UsageError(ValueError):
 
 
 def shortened(error: Exception, most: int = 300) -> str:
-    """An error of timm or torch on one line."""
+    """Return the message of an error of timm or torch on one line."""
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f'{text[:most]}...'
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence that proposes the known names nearest to a wrong one, or nothing."""
+    near = difflib.get_close_matches(name, [candidate for candidate in known if candidate], n=3, cutoff=0.7)
+    return f' (did you mean {" or ".join(near)}?)' if near else ''
+
+
+def explain(error: Exception, repo: str) -> str:
+    """Say in a sentence why a download from the Hub repository `repo` failed; never with a URL, a header or a token."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the Hub answered, and the client looked into its cache all the same
+    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
+        return f'{repo} is gated: accept its terms on the Hub; {_LOG_IN}'
+    if isinstance(error, RepositoryNotFoundError):
+        return f'there is no {repo} on the Hub, or it is private: {_LOG_IN}'
+    if isinstance(error, RevisionNotFoundError):
+        return f'{repo} has no such revision'
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):  # before EntryNotFoundError, likewise
+        return f'the Hub cannot be reached and {repo} is not in the local cache: download it once with a network'
+    if isinstance(error, EntryNotFoundError):
+        return f'{repo} is not a timm model: it lacks config.json or weights'
+    if isinstance(error, HFValidationError):
+        return f'{repo} is not a valid name of a Hub repository'
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status in (401, 403):
+        return f'the Hub refused access to {repo}: {_LOG_IN}'
+    if status is not None:
+        return f'the Hub answered {status} for {repo}: try again later'
+    if isinstance(error, OSError) or type(error).__module__.startswith('httpx'):
+        return f'{repo} could not be downloaded ({type(error).__name__}): check the network'
+    if isinstance(error, KeyError):
+        return f'{repo} is not a timm model: its config.json lacks {error}'
+    return f'{repo} cannot be loaded ({shortened(error)})'

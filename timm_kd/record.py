@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from .checkpoint import write_atomically
 from .cli import KDSettings
+from .files import write_atomically
 from .task import KDTask
 from .version import __version__
 

@@ -14,11 +14,10 @@ from timm.models import create_model, load_checkpoint, resolve_model_input_args
 from timm.utils import set_jit_fuser
 from torch import nn
 
-from .errors import UsageError, shortened
-from .safe_load import load_file
+from .errors import UsageError, explain, shortened
+from .files import load_file
 from .student_checks import check_forward, check_pretrained
-from .teacher.hub_errors import explain
-from .teacher.locate import nearest
+from .teacher.locate import nearest_model
 
 _logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
 def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
     """Tells the user what an error of timm, torch, safetensors or the Hub client means."""
     if str(error).startswith('Unknown model'):
-        return f'--model {args.model} is no model of timm {timm.__version__}{nearest(args.model)}'
+        return f'--model {args.model} is no model of timm {timm.__version__}{nearest_model(args.model)}'
     if args.pretrained_path:
         _check_readable(args.pretrained_path, '--pretrained-path')
     elif isinstance(error, OSError) and not args.model.startswith('local-dir:'):

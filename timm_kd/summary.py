@@ -4,7 +4,7 @@ import io
 import os
 from pathlib import Path
 
-from .checkpoint import write_atomically
+from .files import write_atomically
 
 TIMM_COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr')
 

@@ -21,11 +21,12 @@ from .build import (
     loop_settings,
     step_settings,
 )
-from .checkpoint import AtomicSaver, CheckpointWriteError, resume, write_atomically
+from .checkpoint import AtomicSaver, CheckpointWriteError, resume
 from .cli import parse_args, resolve_kd
 from .data import class_names, create_eval_loader, create_train_data
 from .engine import evaluate_teacher
 from .errors import UsageError
+from .files import write_atomically
 from .hub import PushError, check_access, push_run
 from .logs import RunLog, setup_logging
 from .loop import Loop, print_results

@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import create_transform
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from .kd_checks import check_kd
-from .messages import as_given, nearest, task_loss_flags
+from .messages import as_given, task_loss_flags
 from .optim_checks import check_optimizer, check_schedule
 
 _POSITIVE = (

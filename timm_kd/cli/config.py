@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
-from .messages import nearest
+from ..errors import UsageError, nearest
 from .parser import ParseKwargs, Parser
 
 _logger = logging.getLogger(__name__)

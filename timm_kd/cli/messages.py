@@ -1,7 +1,5 @@
 """How errors speak of flags."""
 import argparse
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -23,9 +21,3 @@ def task_loss_flags(args: argparse.Namespace) -> dict[str, str]:
     if args.loss:
         flags[f'--loss {args.loss}'] = args.loss
     return flags
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known names that resemble the name, or nothing."""
-    matches = difflib.get_close_matches(name, [candidate for candidate in known if candidate], n=3, cutoff=0.7)
-    return f' (meant to be {" or ".join(matches)}?)' if matches else ''

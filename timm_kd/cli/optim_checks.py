@@ -5,8 +5,8 @@ import math
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 
-from ..errors import UsageError
-from .messages import as_given, nearest
+from ..errors import UsageError, nearest
+from .messages import as_given
 
 _DEFAULT_DECAY = 0.2  # timm's share of wsd and rsqrt
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import timm.utils
 
-from .messages import nearest
+from ..errors import nearest
 
 
 class Flag(NamedTuple):

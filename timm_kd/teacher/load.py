@@ -8,10 +8,9 @@ from timm.data import resolve_data_config
 from timm.models import create_model, get_arch_name, get_pretrained_cfg, is_model, resolve_model_input_args
 from torch import nn
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, explain, shortened
 from .adapt import can_adapt_channels
-from .hub_errors import explain
-from .locate import locate, nearest, warn_of_bce
+from .locate import locate, nearest_model, warn_of_bce
 from .weights_file import WeightsFile, read_weights_file
 
 # where timm's own weights are, and what is true of them alone
@@ -143,7 +142,7 @@ def _check_architecture(path: Path, model: str | None, weights: WeightsFile) -> 
         hint = f', {weights.arch} as the file has it' if weights.arch else ''
         raise UsageError(f'--teacher {path} needs --teacher-model, the architecture of its weights{hint}')
     if not is_model(get_arch_name(model)):
-        raise UsageError(f'--teacher-model {model} is no architecture of timm {timm.__version__}{nearest(model)}')
+        raise UsageError(f'--teacher-model {model} is no architecture of timm {timm.__version__}{nearest_model(model)}')
     try:
         get_pretrained_cfg(model)
     except RuntimeError as error:

@@ -1,6 +1,5 @@
 """Where a teacher's spec points: a file, a folder, a timm name or the Hub."""
 
-import difflib
 import logging
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import timm
 from timm.models import create_model, get_arch_name, get_pretrained_cfg, is_model, list_models, list_pretrained
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 
 _logger = logging.getLogger(__name__)
 
@@ -50,13 +49,14 @@ def locate(spec: str) -> tuple[str, str]:
         raise UsageError(
             f'--teacher {spec}: no such file or folder, and not a timm name, hf-hub:org/name or local-dir:PATH'
         )
-    raise UsageError(f'--teacher {spec} is no file, no folder and no model of timm {timm.__version__}{nearest(spec)}')
+    raise UsageError(
+        f'--teacher {spec} is no file, no folder and no model of timm {timm.__version__}{nearest_model(spec)}'
+    )
 
 
-def nearest(name: str) -> str:
-    """The end of a sentence that proposes timm's names nearest to a wrong one."""
-    near = difflib.get_close_matches(name, list_pretrained() if '.' in name else list_models(), n=3)
-    return f': did you mean {", ".join(near)}?' if near else ''
+def nearest_model(name: str) -> str:
+    """Return the end of a sentence that proposes timm's models nearest to a wrong name."""
+    return nearest(name, list_pretrained() if '.' in name else list_models())
 
 
 def warn_of_bce(name: str) -> None:

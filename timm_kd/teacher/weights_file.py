@@ -9,7 +9,7 @@ import torch
 from timm.models import clean_state_dict
 
 from ..errors import UsageError
-from ..safe_load import load_file
+from ..files import load_file
 
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _STATE_KEYS = ('state_dict', 'model')

@@ -1,5 +1,6 @@
-"""Files of weights, read without running code that may be in them."""
+"""Files: written whole or not at all, and weights read without running code that may be in them."""
 import argparse
+import os
 import pickle
 import re
 import zipfile
@@ -13,8 +14,18 @@ from safetensors import SafetensorError
 from .errors import UsageError, shortened
 
 
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a kill leaves either the old one or the new one, whole."""
+    temporary = f'{path}.tmp'
+    with open(temporary, 'wb') as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def load_file(path: str | Path, flag: str, mmap: bool = False) -> Any:
-    """Reads `.safetensors`, or a PyTorch file with `weights_only`, to the CPU.
+    """Read `.safetensors`, or a PyTorch file with `weights_only`, to the CPU.
 
     Args:
         path: The file.
