@@ -157,3 +157,10 @@ def test_size_that_the_patches_do_not_divide_names_the_way_out():
 def test_channels_that_a_built_model_cannot_take_are_refused():
     with pytest.raises(UsageError, match='takes 3 channels, the images have 5'):
         Teacher(build('test_resnet'), 5, in_chans=5)
+
+
+def test_standard_deviation_of_0_is_the_teachers_fault_and_said_so():
+    model = build('test_resnet')
+    model.pretrained_cfg['std'] = (0.5, 0.0, 0.5)
+    with pytest.raises(UsageError, match=r'--teacher ResNet gives \(0\.5, 0\.0, 0\.5\) as the standard deviation'):
+        Teacher(model, 5, **HALF)

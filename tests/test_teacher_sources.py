@@ -165,6 +165,13 @@ def test_file_of_another_architecture_is_refused(tmp_path):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_efficientnet')
 
 
+def test_file_of_another_architecture_is_not_explained_by_its_head(tmp_path):
+    torch.save(checkpoint(build('test_convnext'), 'test_convnext'), tmp_path / 'weights.pth')
+    with pytest.raises(UsageError, match='does not fit --teacher-model .*the file says test_convnext') as refused:
+        Teacher(str(tmp_path / 'weights.pth'), 10, model='test_convnext2')
+    assert 'classes' not in str(refused.value)
+
+
 def test_file_that_lacks_a_layer_is_refused(tmp_path):
     state = build().state_dict()
     del state['layer2.0.conv1.weight']
@@ -207,6 +214,18 @@ def test_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / 'weights.pth')
     with pytest.raises(UsageError, match=r'weights\.pth holds'):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:.torch.load. received')
+@pytest.mark.parametrize('in_folder', [False, True])
+def test_advice_to_switch_off_weights_only_is_not_quoted(folder, in_folder):
+    """A TorchScript archive: torch says that loading it with `weights_only=False` will likely succeed."""
+    (folder / 'model.safetensors').unlink()
+    torch.jit.trace(build(), IMAGES).save(folder / 'pytorch_model.bin')
+    spec, model = (folder, None) if in_folder else (folder / 'pytorch_model.bin', 'test_resnet')
+    with pytest.raises(UsageError, match=r'could run code.*best as \.safetensors') as refused:
+        Teacher(spec, 5, model=model)
+    assert 'weights_only' not in str(refused.value)
 
 
 class RunsCode:
@@ -267,6 +286,13 @@ def test_existing_path_goes_before_timm_and_hub_names(folder, monkeypatch):
 @pytest.mark.parametrize(('spec', 'nearest'), [('resnet3', 'resnet34'), ('resnet34.tv_in1', 'resnet34.tv_in1k')])
 def test_unknown_name_proposes_timms_nearest(spec, nearest):
     with pytest.raises(UsageError, match=f'--teacher {spec}.*{nearest}'):
+        Teacher(spec, 1000)
+
+
+@pytest.mark.parametrize('spec', ['output/last', './output/last', '~/output/last'])
+def test_mistyped_path_says_that_nothing_is_there_before_it_speaks_of_the_hub(spec, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(UsageError, match=f'--teacher {spec}: (there is )?no such (file or )?folder'):
         Teacher(spec, 1000)
 
 
@@ -350,7 +376,7 @@ def test_folder_with_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tm
             return os.mkdir, (str(ran),)
 
     torch.save({'fc.weight': RunsCode()}, folder / 'pytorch_model.bin')
-    with pytest.raises(UsageError, match='would run code.*safetensors'):
+    with pytest.raises(UsageError, match='could run code.*safetensors'):
         Teacher(f'local-dir:{folder}', 7)
     assert not ran.exists()
 

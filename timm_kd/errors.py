@@ -13,6 +13,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+# torch and timm advise to switch `weights_only` off for such a file; the sentence here never does.
+UNSAFE = (
+    'the weights are no plain file of tensors, so loading them could run code, and it was refused. Save the '
+    'state_dict() of the model alone, best as .safetensors'
+)
 _LOG_IN = '`hf auth login` (or HF_TOKEN) logs you in'
 
 
@@ -21,7 +26,9 @@ class UsageError(ValueError):
 
 
 def shortened(error: Exception, most: int = 300) -> str:
-    """Return the message of an error of timm or torch on one line."""
+    """Return the message of an error of timm or torch on one line; `UNSAFE` for a file that could run code."""
+    if 'weights_only' in str(error):
+        return UNSAFE
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f'{text[:most]}...'
 

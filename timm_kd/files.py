@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from .errors import UsageError, shortened
+from .errors import UNSAFE, UsageError, shortened
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -53,6 +53,8 @@ def load_file(path: str | Path, flag: str, mmap: bool = False) -> Any:
             ) from error
         raise UsageError(f'{flag} {path} is not a checkpoint: it is no PyTorch file') from error
     except (SafetensorError, EOFError, OSError, RuntimeError, ValueError) as error:
+        if 'weights_only' in str(error):  # a TorchScript archive, or a file of torch before 0.1.10
+            raise UsageError(f'{flag} {path}: {UNSAFE}.') from error
         raise UsageError(
             f'{flag} {path} cannot be read, it is truncated or not a checkpoint ({shortened(error)})'
         ) from error

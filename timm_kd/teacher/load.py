@@ -8,7 +8,7 @@ from timm.data import resolve_data_config
 from timm.models import create_model, get_arch_name, get_pretrained_cfg, is_model, resolve_model_input_args
 from torch import nn
 
-from ..errors import UsageError, explain, shortened
+from ..errors import UNSAFE, UsageError, explain, shortened
 from .adapt import can_adapt_channels
 from .locate import locate, nearest_model, warn_of_bce
 from .weights_file import WeightsFile, read_weights_file
@@ -64,14 +64,14 @@ def load_model(
         raise
     except Exception as error:  # timm, torch, safetensors and the Hub client each raise errors of their own
         _blame_kwargs(kwargs, error)
-        if kind == 'folder' and 'weights_only' in str(error):
-            raise UsageError(
-                f'--teacher {spec}: its weights are a pickle that would run code, which is refused; '
-                'save them as model.safetensors'
-            ) from error
-        reason = explain(error, _repo(kind, place)) if kind != 'folder' else (
-            f'its config.json or weights are damaged or do not fit each other ({shortened(error)})'
-        )
+        if 'weights_only' in str(error):
+            reason = UNSAFE
+        elif kind == 'folder':
+            reason = f'its config.json or weights are damaged or do not fit each other ({shortened(error)})'
+        else:
+            # `org/name` may as well be the mistyped path of a folder
+            no_folder = '' if kind == 'timm' or spec == place else 'there is no such folder, and on the Hub: '
+            reason = no_folder + explain(error, _repo(kind, place))
         raise UsageError(f'--teacher {spec}: {reason}') from error
 
 
@@ -125,14 +125,16 @@ def _load_file(
     try:
         args = _resolve(model, in_chans, img_size, built_with, saved)
         cfg = _describe_weights(args['pretrained_cfg'], weights, num_classes)
-        check_num_classes(str(path), cfg['num_classes'], expected)
         args.update(pretrained_cfg=cfg, num_classes=cfg['num_classes'])
         teacher = create_model(pretrained=True, **args)
+        # After the weights: the head of a file of another architecture says nothing about the trouble.
+        check_num_classes(str(path), cfg['num_classes'], expected)
     except UsageError:
         raise
     except (RuntimeError, KeyError, ValueError, AssertionError, TypeError) as error:
         _blame_kwargs(kwargs, error)
-        raise UsageError(f'--teacher {path} does not fit --teacher-model {model}: {shortened(error)}') from error
+        other = f', the file says {weights.arch}' if weights.arch not in (None, model, get_arch_name(model)) else ''
+        raise UsageError(f'--teacher {path} does not fit --teacher-model {model}{other}: {shortened(error)}') from error
     del teacher.pretrained_cfg['state_dict']  # a second copy of the weights
     return teacher
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -148,6 +149,11 @@ class Teacher(nn.Module):
             if size is not None and tuple(size) != own:
                 raise UsageError(f'--teacher-img-size {size[0]}: --teacher {self.source} takes {own[0]}x{own[1]} only')
             size = own
+        if not all(0 < value < math.inf for value in cfg['std']):
+            raise UsageError(
+                f'--teacher {self.source} gives {tuple(cfg["std"])} as the standard deviation of its images, by which '
+                'nothing can be divided: correct `std` in its config.json, `pretrained_cfg` or checkpoint'
+            )
         interpolation = cfg.get('interpolation')
         return InputAdapter(
             in_chans, mean, std, chans, cfg['mean'], cfg['std'],
