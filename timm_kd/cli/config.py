@@ -104,7 +104,7 @@ def _convert_list(action: argparse.Action, value: Any) -> list:
 def _convert_scalar(action: argparse.Action, value: Any) -> Any:
     if isinstance(value, (list, dict)) or value is None:
         raise ValueError(f'expected one value, got {value!r}')
-    if action.type in (int, float):
+    if getattr(action.type, '__name__', None) in ('int', 'float'):
         converted = _convert_number(action, value)
     elif isinstance(value, bool):
         raise ValueError(f'expected text, got {value!r} (in YAML, quote a word such as yes, no, on or off)')
@@ -116,12 +116,15 @@ def _convert_scalar(action: argparse.Action, value: Any) -> Any:
 
 
 def _convert_number(action: argparse.Action, value: Any) -> int | float:
-    expected = 'an integer' if action.type is int else 'a number'
-    fractional = action.type is int and isinstance(value, float) and not value.is_integer()
+    is_int = action.type.__name__ == 'int'
+    expected = 'an integer' if is_int else 'a number'
+    fractional = is_int and isinstance(value, float) and not value.is_integer()
     if isinstance(value, bool) or fractional or not isinstance(value, (int, float, str)):
         raise ValueError(f'expected {expected}, got {value!r}')
     try:
         number = action.type(value)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error) if 'expected a ' in str(error) else f'expected {expected}, got {value!r}') from None
     except (ValueError, OverflowError):
         raise ValueError(f'expected {expected}, got {value!r}') from None
     return action.default if number == action.default else number  # timm has integer defaults of float flags

@@ -1,6 +1,8 @@
 """The parts of the command line that argparse leaves to its users: flags as data, one-line errors, ``key=value``."""
 import argparse
 import copy
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import timm.utils
@@ -15,10 +17,56 @@ class Flag(NamedTuple):
     options: dict[str, Any]
 
 
+def number(
+        kind: type[int] | type[float],
+        *,
+        above: float | None = None,
+        at_least: float | None = None,
+        below: float | None = None,
+        at_most: float | None = None,
+) -> Callable[[str], int | float]:
+    """Return an argparse `type` for finite numbers of a range.
+
+    Args:
+        kind: int or float, whose name the type bears.
+        above: The value must be greater than this.
+        at_least: The value must not be less than this.
+        below: The value must be less than this.
+        at_most: The value must not be greater than this.
+    """
+    bounds = {
+        'above {}': above, 'of {} or more': at_least, 'below {}': below, 'of {} or less': at_most,
+    }
+    expected = ' and '.join(text.format(bound) for text, bound in bounds.items() if bound is not None)
+
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(
+                f'{text}: expected {"an integer" if kind is int else "a number"}') from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f'{value}: expected a finite number')
+        if (
+                (above is not None and value <= above)
+                or (at_least is not None and value < at_least)
+                or (below is not None and value >= below)
+                or (at_most is not None and value > at_most)
+        ):
+            raise argparse.ArgumentTypeError(f'{value}: expected a value {expected}')
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
 def flag(*names: str, help: str, **options: Any) -> Flag:
-    """An argument that takes a value; numbers are shown as N (integer) and X in the usage."""
-    if 'choices' not in options and options.get('type') in (int, float):
-        options.setdefault('metavar', 'N' if options['type'] is int else 'X')
+    """Return an argument that takes a value; numbers are shown as N (integer) and X in the usage."""
+    if options.get('type') in (int, float):
+        options['type'] = number(options['type'])
+    metavar = {'int': 'N', 'float': 'X'}.get(getattr(options.get('type'), '__name__', None))
+    if metavar:
+        options.setdefault('metavar', metavar)
     return Flag(names, dict(options, help=help))
 
 
@@ -46,7 +94,7 @@ class ParseKwargs(timm.utils.ParseKwargs):
         for value in values:
             key, separator, _ = value.partition('=')
             if value and not (separator and key.isidentifier()):
-                raise argparse.ArgumentError(self, f'expected key=value, got {value!r}')
+                raise argparse.ArgumentError(self, f'{value}: expected key=value')
         super().__call__(parser, namespace, values, option_string)
 
 
@@ -63,7 +111,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line: the usage of two hundred flags would bury them."""
 
     def __init__(self, **options: Any):
-        super().__init__(formatter_class=HelpFormatter, **options)
+        super().__init__(formatter_class=HelpFormatter, exit_on_error=False, **options)
 
     def add_flag(self, flag: Flag, group: argparse._ArgumentGroup | None = None) -> argparse.Action:
         """Add a flag to a group of the parser, or to the parser itself."""
@@ -76,6 +124,15 @@ class Parser(argparse.ArgumentParser):
             hint = nearest(unknown[0].partition('=')[0], self._option_string_actions)
             self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
         return namespace
+
+    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[argparse.Namespace, list]:
+        """As argparse, but an error begins with the flag as the user knows it."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            names = (error.argument_name or '').split('/')
+            name = next((name for name in names if name.startswith('--')), names[0])
+            self.error(f'{name} {error.message}'.strip())
 
     def error(self, message: str) -> NoReturn:
         """Write one line to stderr and exit with code 2."""
