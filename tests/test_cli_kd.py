@@ -53,6 +53,27 @@ def test_only_given_parameters_are_handed_on(tmp_path):
     assert (loss.alpha, loss.beta, loss.temperature) == (1.0, 2.0, 1.0)
 
 
+@pytest.mark.parametrize('loss, epochs, warmup_epochs', [
+    ('dkd', 240, 20), ('dkd', 100, 8), ('dkd', 15, 1), ('dkd', 1, 1), ('kd', 240, 0), ('nkd', 240, 0),
+    ('tfnkd', 240, 0), ('tfkd', 240, 0),
+])
+def test_warmup_unset_is_that_of_the_loss(tmp_path, loss, epochs, warmup_epochs):
+    teacher = ['--teacher', 'resnet34'] if KD_LOSSES[loss].needs_teacher else []
+    args = parse(tmp_path, '--kd-loss', loss, '--epochs', str(epochs), *teacher)
+    assert resolve_kd(args).warmup_epochs == warmup_epochs
+
+
+@pytest.mark.parametrize('given', [0, 3])
+def test_warmup_given_is_what_is_given_zero_too(tmp_path, given):
+    argv = ['--kd-loss', 'dkd', '--teacher', 'resnet34', '--epochs', '240', '--kd-warmup-epochs', str(given)]
+    assert resolve_kd(parse(tmp_path, *argv)).warmup_epochs == given
+
+
+def test_args_of_a_plain_run_before_the_warmup_could_be_unset_are_read_again(tmp_path):
+    (tmp_path / 'args.yaml').write_text('kd_warmup_epochs: 0\n')
+    assert resolve_kd(parse(tmp_path, '-c', str(tmp_path / 'args.yaml'))) is None
+
+
 def test_zero_is_a_value_of_a_parameter(tmp_path):
     settings = resolve_kd(parse(tmp_path, '--kd-loss', 'nkd', '--teacher', 'resnet34', '--kd-gamma', '0'))
     assert settings.loss_parameters == {'gamma': 0.0}
@@ -113,6 +134,7 @@ REFUSED = [
     ([*TEACHER, '--aug-splits', '2', '--jsd-loss'], ['--jsd-loss']),
     ([*TEACHER, '--num-classes', '1'], ['--num-classes 1']),
     # nothing to act on
+    (['--kd-warmup-epochs', '2'], ['--kd-warmup-epochs 2', '--teacher']),
     (['--kd-alpha', '2'], ['--kd-alpha 2.0', '--teacher']),
     (['--kd-temperature', '4'], ['--kd-temperature 4.0', '--teacher']),
     (['--distill-loss-weight', '1'], ['--distill-loss-weight 1.0']),

@@ -134,6 +134,12 @@ def test_loss_is_that_of_the_paper(parse, name):
 
 
 @pytest.mark.parametrize('name', RECIPES)
+def test_warmup_of_the_distillation_is_named_where_there_is_one(name):
+    recipe = yaml.safe_load(path_of(name).read_text())
+    assert ('kd_warmup_epochs' in recipe) == ('kd_loss' in recipe)
+
+
+@pytest.mark.parametrize('name', RECIPES)
 def test_teacher_is_named_with_the_tag_of_its_weights(parse, name):
     teacher = parse(name).teacher
     assert teacher is None or timm.get_pretrained_cfg(teacher).tag == 'tv_in1k'

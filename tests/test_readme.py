@@ -79,14 +79,23 @@ def test_every_recipe_is_in_the_table():
     assert recipes == set(re.findall(r'\(hparams/(\w+\.yaml)\)', README))
 
 
-@pytest.mark.parametrize(('loss', 'flags'), re.findall(r'^\| `(\w+)`(?=.*arxiv|.*same).*\| (.*) \|$', README, re.M))
+LOSS_ROW = re.compile(r'^\| `(\w+)`(?=.*arxiv|.*same).*\| (?:`(.*)`(?:, warm-up .*)?|none) \|$', re.M)
+
+
+@pytest.mark.parametrize(('loss', 'flags'), LOSS_ROW.findall(README))
 def test_loss_table_states_the_defaults(loss, flags):
-    args = build_parser().parse_args(shlex.split(flags.strip('`')) if flags != 'none' else [])
+    args = build_parser().parse_args(shlex.split(flags))
     stated = {parameter: getattr(args, dest) for dest, parameter in LOSS_PARAMETERS.items() if dest != 'kd_logit_std'}
     defaults = {name: value for name, value in KD_LOSSES[loss].hyper_parameters().items() if name != 'logit_std'}
     stated = {name: value for name, value in stated.items() if value is not None}
     assert stated == {name: defaults[name] for name in stated}
     assert loss == 'tfkd' or stated.keys() == defaults.keys()
+
+
+def test_loss_table_states_the_warm_ups():
+    stated = re.findall(r'^\| `(\w+)`.*, warm-up 1/(\d+) of the epochs \|$', README, re.M)
+    assert [(name, 1 / int(share)) for name, share in stated] == [
+        (name, loss.default_warmup) for name, loss in KD_LOSSES.items() if loss.default_warmup]
 
 
 def test_exit_codes_are_those_of_the_script():

@@ -128,6 +128,15 @@ def test_distillation_is_faded_in_over_the_warmup_epochs(train, digits_teacher):
     assert ramps == pytest.approx([0.5, 1.0, 1.0], rel=1e-5)
 
 
+def test_dkd_fades_in_over_a_twelfth_of_the_epochs_unless_told_otherwise(train, digits_teacher):
+    flags = f'--teacher {digits_teacher} --kd-loss dkd --epochs 24 --stop-epoch 3 --val-split ""'
+    default, at_once = train(flags, 'default'), train(f'{flags} --kd-warmup-epochs 0', 'at-once')
+    for run, warmup_epochs, expected in ((default, 2, [0.5, 1.0, 1.0]), (at_once, 0, [1.0, 1.0, 1.0])):
+        assert run.record['loss']['warmup_epochs'] == warmup_epochs
+        ramps = [(row['train_loss'] - row['train_task_loss']) / row['train_kd_loss'] for row in run.rows]
+        assert ramps == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_validation_split_there_is_no_evaluation_and_the_train_loss_ranks(train, digits_teacher):
     run = train(f'--teacher {digits_teacher} --val-split "" --epochs 2')
     assert list(run.rows[0]) == ['epoch', 'train_loss', 'lr', 'train_task_loss', 'train_kd_loss']

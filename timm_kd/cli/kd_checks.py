@@ -34,7 +34,8 @@ def check_kd(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     settings = resolve_kd(args)
     if settings is None:
         for dest in _KD_ONLY:
-            if getattr(args, dest) != defaults[dest]:
+            # A warm-up of 0 asks for nothing; args.yaml of plain runs before it could be unset say so.
+            if getattr(args, dest) not in (defaults[dest], *([0] if dest == 'kd_warmup_epochs' else [])):
                 raise UsageError(f'{as_given(dest, getattr(args, dest))}: there is nothing to distil, '
                                  'add --teacher SPEC or --kd-loss NAME')
     else:

@@ -39,7 +39,11 @@ KD_FLAGS: dict[str, list[Flag]] = {
         flag('--kd-gamma', type=float, help='nkd: weight of the distributed part'),
         flag('--kd-correct-prob', type=float, help='tfkd: probability the virtual teacher gives the right class'),
         switch('--kd-logit-std', help='kd, dkd, nkd: standardise the logits of each row (Sun et al. 2024)'),
-        flag('--kd-warmup-epochs', type=int, default=0, help='epochs over which the distillation loss is faded in'),
+        flag(
+            '--kd-warmup-epochs', type=int,
+            help='epochs over which the distillation loss is faded in (unset: a twelfth of --epochs for dkd, at least '
+                 '1, and none for the other losses)',
+        ),
         flag('--teacher-cache', type=str, metavar='DIR', help='store the teacher\'s logits here, and read them again'),
         flag(
             '--teacher-cache-dtype', type=str, default='float16', choices=('float16', 'float32'),

@@ -52,6 +52,9 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
         return None
     loss = args.kd_loss or 'kd'
     task_loss_weight, distill_loss_weight = _loss_weights(args, loss)
+    warmup_epochs = args.kd_warmup_epochs
+    if warmup_epochs is None:
+        warmup_epochs = KD_LOSSES[loss].default_warmup_epochs(args.epochs)
     return KDSettings(
         loss=loss,
         loss_parameters=_given_parameters(args),
@@ -59,7 +62,7 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
         teacher_dtype=_teacher_dtype(args),
         task_loss_weight=task_loss_weight,
         distill_loss_weight=distill_loss_weight,
-        warmup_epochs=args.kd_warmup_epochs,
+        warmup_epochs=warmup_epochs,
     )
 
 

@@ -27,12 +27,14 @@ class DistillationLoss(nn.Module):
         component_names: Keys of the forward's result beside `kd_loss`.
         default_task_weight: Weight of the task loss in the paper's total.
         default_distill_weight: Weight of this loss in the paper's total.
+        default_warmup: Share of a run's epochs over which the paper fades this loss in, 0 for none.
     """
     needs_teacher: bool = True
     accepts_teacher: bool = True
     component_names: tuple[str, ...] = ()
     default_task_weight: float = 1.0
     default_distill_weight: float = 1.0
+    default_warmup: float = 0.0
 
     def __init__(self):
         super().__init__()
@@ -42,6 +44,11 @@ class DistillationLoss(nn.Module):
     def hyper_parameters(cls) -> dict[str, Any]:
         """Names and default values of the hyper-parameters: what the constructor takes."""
         return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+
+    @classmethod
+    def default_warmup_epochs(cls, num_epochs: int) -> int:
+        """Return the paper's warm-up for a run of `num_epochs`, in whole epochs: at least 1 where there is one."""
+        return max(1, round(cls.default_warmup * num_epochs)) if cls.default_warmup else 0
 
     def extra_repr(self) -> str:
         return ', '.join(f'{name}={getattr(self, name)}' for name in self.hyper_parameters())
