@@ -41,8 +41,7 @@ def make_steps(name: str, shape: tuple[int, int], device: str, pairs: bool) -> d
             student.grad = None
         return run
 
-    ours, plain = create_kd_loss(name), create_kd_loss(name)
-    plain.double_backward = True
+    ours, plain = create_kd_loss(name), create_kd_loss(name, double_backward=True)
     teacher = teacher if ours.needs_teacher else None
     return {
         'cross-entropy': step(lambda: F.cross_entropy(student, target)),
@@ -114,7 +113,7 @@ def main() -> None:
             for way in ('ours', 'plain'):
                 peak = peak_bytes(steps[way], args.device)
                 memory.append(f'{peak / 2 ** 20:.1f} ({peak / (4 * shape[0] * shape[1]):.2f})')
-            bar = '' if args.pairs else f'{BARS[name]:.1f}x'
+            bar = f'{BARS[name]:.1f}x' if name in BARS and not args.pairs else ''
             print(f'| {name} | {list(shape)} | {ms} | {ratios["ours"]:.2f}x | {bar} | {ratios["plain"]:.2f}x | '
                   + ' | '.join(memory) + ' |', flush=True)
 

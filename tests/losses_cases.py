@@ -4,13 +4,23 @@ import torch.nn.functional as F
 
 from timm_kd.losses import KD_LOSSES, create_kd_loss
 
-VARIANTS = [
-    ('kd', {}), ('kd', {'logit_std': True}),
-    ('dkd', {'temperature': 2.0}), ('dkd', {'temperature': 2.0, 'logit_std': True}),
-    ('nkd', {}), ('nkd', {'temperature': 3.0}), ('nkd', {'temperature': 2.0, 'logit_std': True}),
-    ('tfnkd', {}), ('tfkd', {}), ('tfkd', {'temperature': 5.0, 'with_teacher': True}),
-]
+
+def _variants(name, loss):
+    """The defaults of a loss, another temperature, and what its knobs and a teacher it can do without change."""
+    variants = [{}]
+    if 'temperature' in loss.hyper_parameters():
+        variants.append({'temperature': 2.0})
+    if 'logit_std' in loss.hyper_parameters():
+        variants.append({'temperature': 2.0, 'logit_std': True})
+    if loss.accepts_teacher and not loss.needs_teacher:
+        variants.append({'with_teacher': True})
+    return [(name, params) for params in variants]
+
+
+VARIANTS = [variant for name, loss in KD_LOSSES.items() for variant in _variants(name, loss)]
 STANDARDISED = [variant for variant in VARIANTS if variant[1].get('logit_std')]
+NEEDS_TEACHER = [variant for variant in VARIANTS if KD_LOSSES[variant[0]].needs_teacher]
+UNMASKED = [variant for variant in NEEDS_TEACHER if variant not in STANDARDISED]  # standardising takes no -inf
 
 
 def name_of(variant):
@@ -19,9 +29,8 @@ def name_of(variant):
 
 def create(variant, plain=False):
     name, params = variant
-    kd_loss = create_kd_loss(name, **{key: value for key, value in params.items() if key != 'with_teacher'})
-    kd_loss.double_backward = plain
-    return kd_loss
+    params = {key: value for key, value in params.items() if key != 'with_teacher'}
+    return create_kd_loss(name, double_backward=plain, **params)
 
 
 def takes_teacher(variant):

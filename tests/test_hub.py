@@ -28,6 +28,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from timm_kd.errors import UsageError
 from timm_kd.hub import push_run
 from timm_kd.hub.run_files import scrub, scrub_command
+from timm_kd.losses import KD_LOSSES
 
 TOKEN = 'hf_thisIsTheWritersSecretToken'
 READ_TOKEN = 'hf_thisTokenMayOnlyRead'
@@ -606,15 +607,36 @@ def test_a_plain_training_run_has_a_card_without_distillation(tmp_path):
     assert 'distillation' not in str(card) and 'Teacher' not in card.text
 
 
-def test_every_loss_of_the_registry_has_a_formula_and_a_paper():
-    from timm_kd.hub.papers import LOSSES
-    from timm_kd.losses import KD_LOSSES
+@pytest.mark.parametrize(('name', 'teacher', 'title', 'citation'), [
+    ('kd', True, 'Knowledge distillation (KD)', 'arXiv:1503.02531'),
+    ('dkd', True, 'Decoupled knowledge distillation (DKD)', 'arXiv:2203.08679'),
+    ('nkd', True, 'Normalized knowledge distillation (NKD)', 'arXiv:2303.13005'),
+    ('tfnkd', False, 'Teacher-free NKD (tf-NKD)', 'arXiv:2208.10139'),
+    ('tfkd', False, 'Teacher-free KD by regularization (Tf-KD reg)', 'arXiv:1909.11723'),
+    ('tfkd', True, 'Teacher-free KD by self-training (Tf-KD self)', 'arXiv:1909.11723'),
+])
+def test_the_card_states_the_loss_as_its_class_does(tmp_path, name, teacher, title, citation):
+    loss = {
+        'name': name, 'parameters': KD_LOSSES[name].hyper_parameters(), 'task_loss_weight': 1.0,
+        'distill_loss_weight': 1.0, 'warmup_epochs': 7,
+    }
+    run_dir = edit_record(make_run(tmp_path / 'run'), loss=loss, **({} if teacher else {'teacher': None}))
+    text = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md').text
+    assert f'{title}: the training loss' in text and citation in text
+    assert f'$${KD_LOSSES[name].stated(teacher).formula}$$' in text
+    assert '| epochs over which the weight of D rises | 7 |' in text
+    assert 'sun2024logit' not in text and 'leftarrow' not in text
 
-    expected = set()
-    for name, loss in KD_LOSSES.items():
-        expected |= {(name, True)} if loss.accepts_teacher else set()
-        expected |= set() if loss.needs_teacher else {(name, False)}
-    assert set(LOSSES) == expected
+
+def test_the_card_says_that_logits_were_standardized_and_cites_the_paper(tmp_path):
+    loss = {
+        'name': 'kd', 'parameters': {'temperature': 2.0, 'logit_std': True}, 'task_loss_weight': 1.0,
+        'distill_loss_weight': 1.0, 'warmup_epochs': 0,
+    }
+    run_dir = edit_record(make_run(tmp_path / 'run'), loss=loss)
+    text = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md').text
+    assert 'are standardized first' in text and r'z \leftarrow' in text and 'arXiv:2403.01427' in text
+    assert 'logit_std' not in text and 'weight of D rises' not in text
 
 
 def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(tmp_path, monkeypatch, caplog):

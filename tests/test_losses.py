@@ -32,8 +32,7 @@ def official_total(case, dtype, plain):
     numbers = {letter: float(value) for letter, value in re.findall(r'_([aTbgm])([\d.]+)', name)}
     letters = LETTERS.get(kind, {'T': 'temperature'})
     params = {letters[letter]: value for letter, value in numbers.items() if letter in letters}
-    kd_loss = create_kd_loss(kind, **params)
-    kd_loss.double_backward = plain
+    kd_loss = create_kd_loss(kind, **params, double_backward=plain)
     without_teacher = kind == 'tfnkd' or 'reg' in name
     mixed = 'soft' in name or 'pair' in name
     result, gradient = evaluate(kd_loss, student, None if without_teacher else teacher, soft if mixed else target)
@@ -105,8 +104,7 @@ def test_losses_say_whether_they_take_a_teacher(name, needs, accepts):
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_components_are_the_announced_ones_and_detached(batch, name, plain):
     student, teacher, target = batch
-    kd_loss = create_kd_loss(name)
-    kd_loss.double_backward = plain
+    kd_loss = create_kd_loss(name, double_backward=plain)
     result = kd_loss(student.requires_grad_(), teacher if kd_loss.accepts_teacher else None, target)
     assert tuple(key for key in result if key != 'kd_loss') == kd_loss.component_names
     assert [key for key in result if result[key].requires_grad] == ['kd_loss']
@@ -115,8 +113,7 @@ def test_components_are_the_announced_ones_and_detached(batch, name, plain):
 
 @pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
 def test_components_of_dkd_add_up_by_alpha_and_beta(batch, plain):
-    kd_loss = create_kd_loss('dkd', alpha=0.7, beta=3.0)
-    kd_loss.double_backward = plain
+    kd_loss = create_kd_loss('dkd', alpha=0.7, beta=3.0, double_backward=plain)
     result, _ = evaluate(kd_loss, *batch)
     assert result['kd_loss'].item() == pytest.approx(0.7 * result['tckd'].item() + 3.0 * result['nckd'].item())
 
@@ -124,8 +121,7 @@ def test_components_of_dkd_add_up_by_alpha_and_beta(batch, plain):
 @pytest.mark.parametrize('temperature', [1.0, 3.0])
 @pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
 def test_components_of_nkd_add_up_by_gamma(batch, plain, temperature):
-    kd_loss = create_kd_loss('nkd', gamma=2.5, temperature=temperature)
-    kd_loss.double_backward = plain
+    kd_loss = create_kd_loss('nkd', gamma=2.5, temperature=temperature, double_backward=plain)
     result, _ = evaluate(kd_loss, *batch)
     assert result['kd_loss'].item() == pytest.approx(result['soft'].item() + 2.5 * result['distributed'].item())
 
@@ -194,12 +190,12 @@ def test_no_teacher_gradient_is_computed(batch):
     ('crd', {}, "unknown distillation loss 'crd': known are kd, dkd, nkd, tfnkd, tfkd"),
     ('nkd', {'alpha': 1.0}, "nkd has no parameter 'alpha': it has temperature, gamma, logit_std"),
     ('tfnkd', {'temperature': 1.0}, "tfnkd has no parameter 'temperature': it has none"),
-    ('kd', {'temperature': 0.0}, 'temperature must be a positive number, got 0.0'),
-    ('tfkd', {'temperature': -1.0}, 'temperature must be a positive number, got -1.0'),
-    ('kd', {'temperature': float('nan')}, 'temperature must be a positive number, got nan'),
-    ('dkd', {'beta': -1.0}, 'beta must be a number >= 0, got -1.0'),
-    ('nkd', {'gamma': float('inf')}, 'gamma must be a number >= 0, got inf'),
-    ('tfkd', {'correct_prob': 1.5}, r'correct_prob must be in \(0, 1\], got 1.5'),
+    ('kd', {'temperature': 0.0}, 'temperature must be a value above 0, got 0.0.'),
+    ('tfkd', {'temperature': -1.0}, 'temperature must be a value above 0, got -1.0.'),
+    ('kd', {'temperature': float('nan')}, 'temperature must be a finite number, got nan.'),
+    ('dkd', {'beta': -1.0}, 'beta must be a value of 0 or more, got -1.0.'),
+    ('nkd', {'gamma': float('inf')}, 'gamma must be a finite number, got inf.'),
+    ('tfkd', {'correct_prob': 1.5}, 'correct_prob must be a value above 0 and of 1 or less, got 1.5.'),
 ])
 def test_creation_refuses_what_does_not_exist_or_is_out_of_range(name, params, message):
     with pytest.raises(ValueError, match=message):

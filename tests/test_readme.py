@@ -7,7 +7,7 @@ import pytest
 
 from timm_kd import train
 from timm_kd.cli import build_parser
-from timm_kd.cli.kd_settings import LOSS_PARAMETERS
+from timm_kd.cli.kd_flags import knob_dests
 from timm_kd.hub.__main__ import main as hub_main
 from timm_kd.losses import KD_LOSSES
 from timm_kd.runtime import EXIT_SIGTERM
@@ -85,7 +85,7 @@ LOSS_ROW = re.compile(r'^\| `(\w+)`(?=.*arxiv|.*same).*\| (?:`(.*)`(?:, warm-up 
 @pytest.mark.parametrize(('loss', 'flags'), LOSS_ROW.findall(README))
 def test_loss_table_states_the_defaults(loss, flags):
     args = build_parser().parse_args(shlex.split(flags))
-    stated = {parameter: getattr(args, dest) for dest, parameter in LOSS_PARAMETERS.items() if dest != 'kd_logit_std'}
+    stated = {knob: getattr(args, dest) for dest, knob in knob_dests().items() if dest != 'kd_logit_std'}
     defaults = {name: value for name, value in KD_LOSSES[loss].hyper_parameters().items() if name != 'logit_std'}
     stated = {name: value for name, value in stated.items() if value is not None}
     assert stated == {name: defaults[name] for name in stated}

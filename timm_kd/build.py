@@ -98,8 +98,8 @@ def create_task(
     primary = args.rank == 0
     if kd is None:
         return ClassificationTask(student, criterion, device=device, dtype=dtype, verbose=primary)
-    kd_loss = create_kd_loss(kd.loss, **kd.loss_parameters)
-    kd_loss.double_backward = getattr(optimizer, 'is_second_order', False)
+    second_order = getattr(optimizer, 'is_second_order', False)
+    kd_loss = create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters)
     return KDTask(
         student,
         kd_loss,

@@ -1,5 +1,6 @@
 """The error that a user can mend, and what makes its sentence: the nearest name, one line, why the Hub said no."""
 import difflib
+import math
 from collections.abc import Iterable
 
 from huggingface_hub.errors import (
@@ -37,6 +38,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence that proposes the known names nearest to a wrong one, or nothing."""
     near = difflib.get_close_matches(name, [candidate for candidate in known if candidate], n=3, cutoff=0.7)
     return f' (did you mean {" or ".join(near)}?)' if near else ''
+
+
+def out_of_range(
+        value: float,
+        above: float | None = None,
+        at_least: float | None = None,
+        below: float | None = None,
+        at_most: float | None = None,
+) -> str:
+    """Return what a number should have been ("a value above 0") if it is not finite or outside of its range, or ''."""
+    if not math.isfinite(value):
+        return 'a finite number'
+    bounds = {'above {:g}': above, 'of {:g} or more': at_least, 'below {:g}': below, 'of {:g} or less': at_most}
+    holds = (
+        (above is None or value > above) and (at_least is None or value >= at_least)
+        and (below is None or value < below) and (at_most is None or value <= at_most)
+    )
+    return '' if holds else 'a value ' + ' and '.join(text.format(b) for text, b in bounds.items() if b is not None)
 
 
 def explain(error: Exception, repo: str) -> str:

@@ -12,8 +12,7 @@ from ..losses import KD_LOSSES
 from ..version import __version__
 from .checks import check_args
 from .config import load_config
-from .kd_flags import KD_FLAGS
-from .kd_settings import LOSS_PARAMETERS, KDSettings, named_teacher, resolve_kd
+from .kd_flags import KDSettings, kd_flags, knob_dests, named_teacher, resolve_kd
 from .parser import Parser
 from .timm_flags import DATA, TIMM_FLAGS
 
@@ -68,7 +67,7 @@ def build_parser() -> Parser:
     )
     version = f'timm-kd {__version__} (timm {timm.__version__}, torch {torch.__version__})'
     parser.add_argument('--version', action='version', version=version)
-    for title, flags in {**TIMM_FLAGS, **KD_FLAGS}.items():
+    for title, flags in {**TIMM_FLAGS, **kd_flags()}.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             parser.add_flag(flag, group)
@@ -100,11 +99,11 @@ def _settle_loss_parameters(args: argparse.Namespace, config: dict[str, Any]) ->
     """Where the command line replaces the loss of the file, a parameter that only the old loss has goes with it."""
     if args.kd_loss is None or config.get('kd_loss') in (None, args.kd_loss):
         return
-    for dest, parameter in LOSS_PARAMETERS.items():
+    for dest, parameter in knob_dests().items():
         of_the_file = config.get(dest) and config[dest] == getattr(args, dest)
         if of_the_file and parameter not in KD_LOSSES[args.kd_loss].hyper_parameters():
             _logger.warning(f'--kd-loss {args.kd_loss} has no {parameter}: the {dest} of the config file is left out')
-            setattr(args, dest, None if dest != 'kd_logit_std' else False)
+            setattr(args, dest, False if config[dest] is True else None)
 
 
 def _settle_data(args: argparse.Namespace, config: dict[str, Any]) -> None:

@@ -1,86 +1,212 @@
-"""The flags of knowledge distillation, timm's own among them, and what else this script adds to timm's."""
-from ..losses import KD_LOSSES
-from .parser import Flag, flag, kwargs_flag, switch
+"""The flags of distillation, timm's own among them, the other additions to timm's, and what the former amount to."""
+import argparse
+import dataclasses
+from fractions import Fraction
 
-KD_FLAGS: dict[str, list[Flag]] = {
-    'Knowledge distillation parameters': [
-        flag(
-            '--kd-loss', type=str, choices=tuple(KD_LOSSES),
-            help='distillation loss (kd beside a teacher when unset); without it and a teacher: plain training',
-        ),
-        flag(
-            '--teacher', action='append', type=str, metavar='SPEC',
-            help='teacher: a timm name, hf-hub:org/name, local-dir:PATH, a folder, or a weights file (with '
-                 '--teacher-model); given several times, the mean of their probabilities teaches',
-        ),
-        flag('--teacher-model', type=str, metavar='NAME', help='timm architecture of a teacher that is a weights file'),
-        kwargs_flag('--teacher-kwargs', help='further keyword arguments of the teacher model'),
-        flag('--teacher-img-size', type=int, help='input size of the teacher in pixels (the student\'s when unset)'),
-        flag(
-            '--teacher-dtype', type=str, default='auto', choices=('auto', 'amp', 'float32', 'bfloat16', 'float16'),
-            help='precision of the teacher; auto: bfloat16 where it is fast; amp: inside the autocast of the student',
-        ),
-        switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
-        flag(
-            '--teacher-class-map', type=str, metavar='FILE',
-            help='file with the teacher\'s index of each student class, or imagenet12k, imagenet21k, imagenet22k, '
-                 'imagenet22k_ms',
-        ),
-        flag(
-            '--teacher-class-map-missing', type=str, default='error', choices=('error', 'mask'),
-            help='classes the teacher lacks: refuse them, or leave their images without distillation',
-        ),
-        switch('--no-teacher-eval', help='do not validate the teacher at start (and report no agreement)'),
-        flag('--task-loss-weight', type=float, help='weight of the task loss (unset: what suits the loss)'),
-        flag('--distill-loss-weight', type=float, help='weight of the distillation loss (unset: what suits the loss)'),
-        flag('--kd-temperature', type=float, help='temperature (the default of the loss when unset)'),
-        flag('--kd-alpha', type=float, help='dkd: weight of the target class part'),
-        flag('--kd-beta', type=float, help='dkd: weight of the non-target part'),
-        flag('--kd-gamma', type=float, help='nkd: weight of the distributed part'),
-        flag('--kd-correct-prob', type=float, help='tfkd: probability the virtual teacher gives the right class'),
-        switch('--kd-logit-std', help='kd, dkd, nkd: standardise the logits of each row (Sun et al. 2024)'),
-        flag(
-            '--kd-warmup-epochs', type=int,
-            help='epochs over which the distillation loss is faded in (unset: a twelfth of --epochs for dkd, at least '
-                 '1, and none for the other losses)',
-        ),
-        flag('--teacher-cache', type=str, metavar='DIR', help='store the teacher\'s logits here, and read them again'),
-        flag(
-            '--teacher-cache-dtype', type=str, default='float16', choices=('float16', 'float32'),
-            help='precision of stored logits',
-        ),
-        flag('--teacher-cache-epochs', type=int, help='distinct epochs to store, then round again (unset: all)'),
-        flag(
-            '--teacher-cache-topk', type=int,
-            help='store only the k largest logits of a row, and the rest as one sum',
-        ),
-        switch('--teacher-cache-rebuild', help='throw away what is stored, should it not fit this run'),
-        flag('--kd-model-name', type=str, metavar='NAME', help='teacher as timm\'s script takes it, with its defaults'),
-        flag(
-            '--kd-distill-type', type=str, default='logit', choices=('logit', 'feature', 'token'),
-            help='logit (timm\'s feature and token distillation are refused)',
-        ),
-        flag('--kd-loss-type', type=str, metavar='NAME', default='kl', help='kl (see --kd-loss)'),
-        flag('--kd-student-feature-dim', type=int, help='refused (feature distillation)'),
-        flag('--kd-teacher-feature-dim', type=int, help='refused (feature distillation)'),
-        flag(
-            '--kd-token-distill-type', type=str, default='soft', choices=('soft', 'hard'),
-            help='refused (token distillation)',
-        ),
-    ],
-    'Additions to timm\'s script': [
-        switch(
-            '--replayable-data',
-            help='make order, augmentation and mixing functions of seed, epoch and sample, whatever the workers: '
-                 'resume is exact at any step',
-        ),
-        flag(
-            '--push-to-hub', type=str, metavar='REPO_ID',
-            help='push the best checkpoint to the Hugging Face Hub at the end (token: HF_TOKEN or hf auth login)',
-        ),
-        switch('--hub-private', help='make a private repository'),
-        flag('--hub-license', type=str, metavar='ID', help='license that the model card names (unset: none)'),
-        flag('--hub-revision', type=str, metavar='BRANCH', help='branch to push to (the main one when unset)'),
-        switch('--log-tensorboard', help='log to TensorBoard, in the folder of the run'),
-    ],
-}
+from ..losses import KD_LOSSES
+from .parser import Flag, flag, kwargs_flag, number, switch
+
+
+def kd_flags() -> dict[str, list[Flag]]:
+    """Return the flags by group, those of the losses from what the losses in `KD_LOSSES` say of themselves."""
+    return {
+        'Knowledge distillation parameters': [
+            flag(
+                '--kd-loss', type=str, choices=tuple(KD_LOSSES),
+                help='distillation loss (kd beside a teacher when unset); without it and a teacher: plain training',
+            ),
+            flag(
+                '--teacher', action='append', type=str, metavar='SPEC',
+                help='teacher: a timm name, hf-hub:org/name, local-dir:PATH, a folder, or a weights file (with '
+                     '--teacher-model); given several times, the mean of their probabilities teaches',
+            ),
+            flag(
+                '--teacher-model', type=str, metavar='NAME',
+                help='timm architecture of a teacher that is a weights file',
+            ),
+            kwargs_flag('--teacher-kwargs', help='further keyword arguments of the teacher model'),
+            flag(
+                '--teacher-img-size', type=number(int, above=0),
+                help='input size of the teacher in pixels (the student\'s when unset)',
+            ),
+            flag(
+                '--teacher-dtype', type=str, default='auto', choices=('auto', 'amp', 'float32', 'bfloat16', 'float16'),
+                help='precision of the teacher; auto: bfloat16 where it is fast; amp: inside the autocast of the '
+                     'student',
+            ),
+            switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
+            flag(
+                '--teacher-class-map', type=str, metavar='FILE',
+                help='file with the teacher\'s index of each student class, or imagenet12k, imagenet21k, imagenet22k, '
+                     'imagenet22k_ms',
+            ),
+            flag(
+                '--teacher-class-map-missing', type=str, default='error', choices=('error', 'mask'),
+                help='classes the teacher lacks: refuse them, or leave their images without distillation',
+            ),
+            switch('--no-teacher-eval', help='do not validate the teacher at start (and report no agreement)'),
+            flag(
+                '--task-loss-weight', type=number(float, at_least=0),
+                help='weight of the task loss (unset: what suits the loss)',
+            ),
+            flag(
+                '--distill-loss-weight', type=number(float, at_least=0),
+                help='weight of the distillation loss (unset: what suits the loss)',
+            ),
+            *_knob_flags(),
+            flag(
+                '--kd-warmup-epochs', type=number(int, at_least=0),
+                help=f'epochs over which the distillation loss is faded in (unset: {_warmups()}; else 0)',
+            ),
+            flag(
+                '--teacher-cache', type=str, metavar='DIR',
+                help='store the teacher\'s logits here, and read them again',
+            ),
+            flag(
+                '--teacher-cache-dtype', type=str, default='float16', choices=('float16', 'float32'),
+                help='precision of stored logits',
+            ),
+            flag(
+                '--teacher-cache-epochs', type=number(int, above=0),
+                help='distinct epochs to store, then round again (unset: all)',
+            ),
+            flag(
+                '--teacher-cache-topk', type=number(int, above=0),
+                help='store only the k largest logits of a row, and the rest as one sum',
+            ),
+            switch('--teacher-cache-rebuild', help='throw away what is stored, should it not fit this run'),
+            flag(
+                '--kd-model-name', type=str, metavar='NAME',
+                help='teacher as timm\'s script takes it, with its defaults',
+            ),
+            flag(
+                '--kd-distill-type', type=str, default='logit', choices=('logit', 'feature', 'token'),
+                help='logit (timm\'s feature and token distillation are refused)',
+            ),
+            flag('--kd-loss-type', type=str, metavar='NAME', default='kl', help='kl (see --kd-loss)'),
+            flag('--kd-student-feature-dim', type=int, help='refused (feature distillation)'),
+            flag('--kd-teacher-feature-dim', type=int, help='refused (feature distillation)'),
+            flag(
+                '--kd-token-distill-type', type=str, default='soft', choices=('soft', 'hard'),
+                help='refused (token distillation)',
+            ),
+        ],
+        'Additions to timm\'s script': [
+            switch(
+                '--replayable-data',
+                help='make order, augmentation and mixing functions of seed, epoch and sample, whatever the workers: '
+                     'resume is exact at any step',
+            ),
+            flag(
+                '--push-to-hub', type=str, metavar='REPO_ID',
+                help='push the best checkpoint to the Hugging Face Hub at the end (token: HF_TOKEN or hf auth login)',
+            ),
+            switch('--hub-private', help='make a private repository'),
+            flag('--hub-license', type=str, metavar='ID', help='license that the model card names (unset: none)'),
+            flag(
+                '--hub-revision', type=str, metavar='BRANCH', help='branch to push to (the main one when unset)',
+            ),
+            switch('--log-tensorboard', help='log to TensorBoard, in the folder of the run'),
+        ],
+    }
+
+
+def knob_dests() -> dict[str, str]:
+    """Return the dests of the flags that set a knob of a loss, and the knob of each."""
+    return {f'kd_{name}': name for loss in KD_LOSSES.values() for name in loss.hyper_parameters()}
+
+
+def _knob_flags() -> list[Flag]:
+    """Return a flag for each knob; the range of one that several losses have is what they agree on."""
+    flags = []
+    for name in knob_dests().values():
+        knobs = {loss: knob for loss, owner in KD_LOSSES.items() for knob in owner.knobs() if knob.name == name}
+        first = next(iter(knobs.values()))
+        flag_name, text = f'--kd-{name.replace("_", "-")}', first.metadata['help']
+        if isinstance(first.default, bool):
+            flags.append(switch(flag_name, help=f'{", ".join(knobs)}: {text}'))
+            continue
+        bounds = {
+            bound: value for bound, value in first.metadata['bounds'].items()
+            if all(knob.metadata['bounds'].get(bound) == value for knob in knobs.values())
+        }
+        defaults = ', '.join(f'{loss} {knob.default:g}' for loss, knob in knobs.items())
+        flags.append(flag(
+            flag_name, type=number(type(first.default), **bounds), help=f'{text} (unset: {defaults})'))
+    return flags
+
+
+def _warmups() -> str:
+    shares = {name: Fraction(loss.default_warmup).limit_denominator(1000) for name, loss in KD_LOSSES.items()}
+    return ', '.join(f'{name} {share} of --epochs, at least 1' for name, share in shares.items() if share)
+
+
+@dataclasses.dataclass(frozen=True)
+class KDSettings:
+    """A distillation run in the terms of `create_kd_loss`, `create_teacher` and `KDTask`.
+
+    Attributes:
+        loss: Name of the loss, a key of `KD_LOSSES`.
+        loss_parameters: The knobs that the user set; the rest are the loss's defaults.
+        teacher: Spec of the teacher, a list of several, or None for a loss that learns without one.
+        teacher_dtype: One of auto, amp, float32, bfloat16, float16.
+        task_loss_weight: Weight of the task loss.
+        distill_loss_weight: Weight of the distillation term.
+        warmup_epochs: Epochs over which the distillation term is faded in.
+    """
+
+    loss: str
+    loss_parameters: dict[str, float | bool]
+    teacher: str | list[str] | None
+    teacher_dtype: str
+    task_loss_weight: float
+    distill_loss_weight: float
+    warmup_epochs: int
+
+
+def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
+    """Return the distillation that the flags ask for.
+
+    Args:
+        args: The namespace of `parse_args`.
+
+    Returns:
+        The settings, or None for plain training (no loss and no teacher named).
+    """
+    teacher = named_teacher(args)
+    if args.kd_loss is None and teacher is None:
+        return None
+    name = args.kd_loss or 'kd'
+    loss = KD_LOSSES[name]
+    given = {knob: getattr(args, dest) for dest, knob in knob_dests().items()}
+    task_loss_weight, distill_loss_weight = args.task_loss_weight, args.distill_loss_weight
+    if task_loss_weight is None and distill_loss_weight is None:
+        task_loss_weight, distill_loss_weight = loss.default_task_weight, loss.default_distill_weight
+    elif distill_loss_weight is None:  # timm's rule, as is the next
+        distill_loss_weight = 1.0 - task_loss_weight
+    elif task_loss_weight is None:
+        task_loss_weight = 1.0
+    warmup_epochs = args.kd_warmup_epochs
+    if warmup_epochs is None:
+        warmup_epochs = loss.default_warmup_epochs(args.epochs)
+    return KDSettings(
+        loss=name,
+        loss_parameters={knob: value for knob, value in given.items() if value is not None and value is not False},
+        teacher=teacher,
+        teacher_dtype=_teacher_dtype(args),
+        task_loss_weight=task_loss_weight,
+        distill_loss_weight=distill_loss_weight,
+        warmup_epochs=warmup_epochs,
+    )
+
+
+def named_teacher(args: argparse.Namespace) -> str | list[str] | None:
+    """Return the teacher of `--teacher`, or of timm's `--kd-model-name`."""
+    return args.teacher or args.kd_model_name or None
+
+
+def _teacher_dtype(args: argparse.Namespace) -> str:
+    """Return the precision of the teacher; `--kd-model-name` alone keeps what timm's script gives it."""
+    if args.teacher_dtype != 'auto' or args.teacher or not args.kd_model_name:
+        return args.teacher_dtype
+    return 'amp' if args.amp else args.model_dtype or 'float32'

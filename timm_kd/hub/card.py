@@ -6,10 +6,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, is_model
 
-from .papers import LOGIT_STANDARDIZATION, LOSSES, SYMBOLS, TIMM
+from ..losses import KD_LOSSES
 from .run_files import Run, scrub, scrub_command
 
 _HUB = 'https://huggingface.co'
+_TIMM = """@misc{rw2019timm,
+  author = {Ross Wightman},
+  title = {PyTorch Image Models},
+  year = {2019},
+  publisher = {GitHub},
+  doi = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}"""
 
 
 @dataclass(frozen=True)
@@ -123,21 +131,21 @@ def _loss(run: Run) -> str:
     loss = run.record.get('loss')
     if not loss:
         return ''
-    facts = LOSSES[loss['name'], bool(_teachers(run))]
-    parameters = {name: value for name, value in loss['parameters'].items() if name != 'logit_std'}
-    lines = [f'| {SYMBOLS.get(name, name)} | {value} |' for name, value in parameters.items()]
+    facts = KD_LOSSES[loss['name']].stated(bool(_teachers(run)))
+    knobs = KD_LOSSES[loss['name']].knobs()
+    lines = [
+        f'| {knob.name}, {knob.metadata["help"]} | {loss["parameters"][knob.name]} |' for knob in knobs
+        if knob.name in loss['parameters'] and not knob.metadata['note']
+    ]
+    notes = [knob.metadata['note'] for knob in knobs if loss['parameters'].get(knob.name) is True]
     lines.append(f'| weight of the task loss | {loss["task_loss_weight"]} |')
     lines.append(f'| weight of D | {loss["distill_loss_weight"]} |')
     if loss.get('warmup_epochs'):
         lines.append(f'| epochs over which the weight of D rises | {loss["warmup_epochs"]} |')
-    standardized = (
-        '\n\nThe logits of student and teacher are standardized first:\n\n'
-        r'$$z \leftarrow \frac{z - \operatorname{mean}(z)}{\operatorname{std}(z)}$$'
-    )
     return (
         f'## Loss\n\n{facts.title}: the training loss is the weighted sum of the task loss and\n\n'
         f'$${facts.formula}$$\n\nwith {facts.symbols}; the means are over the images of a batch.'
-        + (standardized if loss['parameters'].get('logit_std') else '')
+        + ''.join(f'\n\n{note}' for note in notes)
         + '\n\n| Parameter | Value |\n|---|---|\n' + '\n'.join(lines)
     )
 
@@ -185,10 +193,11 @@ def _training(run: Run, has_curves: bool) -> str:
 
 def _citations(run: Run) -> str:
     loss = run.record.get('loss')
-    papers = [TIMM]
+    papers = [_TIMM]
     if loss:
-        of_loss = LOSSES[loss['name'], bool(_teachers(run))].citations
-        papers = [*of_loss, *([LOGIT_STANDARDIZATION] if loss['parameters'].get('logit_std') else []), TIMM]
+        knobs = KD_LOSSES[loss['name']].knobs()
+        switched_on = [knob.metadata['citation'] for knob in knobs if loss['parameters'].get(knob.name) is True]
+        papers = [*KD_LOSSES[loss['name']].stated(bool(_teachers(run))).citations, *switched_on, _TIMM]
     return '## Citation\n\n```bibtex\n' + '\n\n'.join(papers) + '\n```'
 
 

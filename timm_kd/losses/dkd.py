@@ -1,16 +1,15 @@
 """Decoupled knowledge distillation (Zhao et al. 2022, "Decoupled Knowledge Distillation", arXiv 2203.08679)."""
-import torch
+from torch import Tensor
 
-from .base import DistillationLoss, check_positive, check_weight
+from .base import LOGITS, OTHER_CLASSES, ClosedForm, DistillationLoss, Paper, knob, logit_std_knob, temperature_knob
 from .kernel import (
     has_rest,
     kl_divergence,
     kl_from_cross,
     log_split,
-    row_scale,
+    prepare,
     soften_teacher,
     split,
-    standardize,
     standardize_backward_,
     teacher_cross_,
 )
@@ -27,26 +26,31 @@ class DKDLoss(DistillationLoss):
 
     Components: `tckd` and `nckd`, each with its T^2, such that `kd_loss = alpha * tckd + beta * nckd`.
 
-    Args:
-        temperature: T. Default 4, the paper's.
-        alpha: Weight of the target part, TCKD.
-        beta: Weight of the non-target part, NCKD. Default 8, the paper's on CIFAR-100.
-        logit_std: Standardise both rows of logits before the temperature (Sun et al. 2024, arXiv 2403.01427).
+    The defaults are the authors' CIFAR-100 setting: T 4, beta 8 and a warm-up of 20 of 240 epochs belong together.
     """
+    paper = Paper(
+        title='Decoupled knowledge distillation (DKD)',
+        formula=r'D = T^2\,\operatorname{mean}\Big(\alpha\,\mathrm{KL}\big(b(z_t/T)\,\|\,b(z_s/T)\big)'
+        r' + \beta\,\mathrm{KL}\big(q(z_t/T)\,\|\,q(z_s/T)\big)\Big),\quad b = [p_y,\,1 - p_y]',
+        symbols=f'{LOGITS}, {OTHER_CLASSES}',
+        citations=("""@inproceedings{zhao2022decoupled,
+  author = {Borui Zhao and Quan Cui and Renjie Song and Yiyu Qiu and Jiajun Liang},
+  title = {Decoupled Knowledge Distillation},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  note = {arXiv:2203.08679},
+  year = {2022}
+}""",),
+    )
     component_names = ('tckd', 'nckd')
-    default_warmup = 1 / 12  # 20 epochs of 240 in the authors' CIFAR-100 setting, where T 4 and beta 8 come from
+    default_warmup = 1 / 12
 
-    def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0, logit_std: bool = False):
-        super().__init__()
-        self.temperature = check_positive('temperature', temperature)
-        self.alpha = check_weight('alpha', alpha)
-        self.beta = check_weight('beta', beta)
-        self.logit_std = logit_std
+    temperature: float = temperature_knob(4.0)
+    alpha: float = knob(1.0, 'weight of the target class against the rest', at_least=0.0)
+    beta: float = knob(8.0, 'weight of the other classes', at_least=0.0)
+    logit_std: bool = logit_std_knob()
 
-    def formula(self, student: torch.Tensor, teacher: torch.Tensor, labels: Labels) -> dict[str, torch.Tensor]:
-        scale = row_scale(teacher, labels)
-        if self.logit_std:
-            student, teacher = standardize(student), standardize(teacher)
+    def formula(self, student: Tensor, teacher: Tensor, labels: Labels) -> dict[str, Tensor]:
+        student, teacher, scale = prepare(student, teacher, labels, self.logit_std)
         parts_teacher, rest_teacher = log_split(soften_teacher(teacher, self.temperature), labels)
         parts_student, rest_student = log_split(student / self.temperature, labels)
         return self._combine(
@@ -54,15 +58,9 @@ class DKDLoss(DistillationLoss):
             scale * has_rest(parts_teacher) * kl_divergence(rest_teacher, rest_student),
         )
 
-    def closed_form(
-            self,
-            student: torch.Tensor,
-            teacher: torch.Tensor,
-            labels: Labels,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        raw, scale = student, row_scale(teacher, labels)
-        if self.logit_std:
-            student, teacher = standardize(student), standardize(teacher)
+    def closed_form(self, student: Tensor, teacher: Tensor, labels: Labels) -> ClosedForm:
+        raw = student
+        student, teacher, scale = prepare(student, teacher, labels, self.logit_std)
         softened = soften_teacher(teacher, self.temperature)
         teacher_split = split(softened, labels)
         cross = teacher_cross_(softened, teacher_split.rest, student, 1 / self.temperature)
@@ -82,7 +80,7 @@ class DKDLoss(DistillationLoss):
             gradient = standardize_backward_(gradient, raw)
         return result, gradient, self.temperature * scale
 
-    def _combine(self, target_rows: torch.Tensor, rest_rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _combine(self, target_rows: Tensor, rest_rows: Tensor) -> dict[str, Tensor]:
         tckd = self.temperature ** 2 * target_rows.sum()
         nckd = self.temperature ** 2 * rest_rows.sum()
         return {'kd_loss': self.alpha * tckd + self.beta * nckd, 'tckd': tckd, 'nckd': nckd}

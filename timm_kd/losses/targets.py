@@ -2,8 +2,9 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-# Products, sums and the rounding of their factors leave an untouched class within this many eps of `off`.
+# The rounding of timm's products and sums leaves a class that is no label within this many eps of `off`.
 _ROUNDINGS = 8
 
 
@@ -16,19 +17,19 @@ class Labels(NamedTuple):
         index: Class indices, `[B, K]` int64.
         weight: Their shares, `[B, K]`, each row summing to 1.
     """
-    index: torch.Tensor
-    weight: torch.Tensor
+    index: Tensor
+    weight: Tensor
 
-    def where_present(self, values: torch.Tensor, otherwise: float) -> torch.Tensor:
-        """`values` `[B, K]` with those of absent labels replaced; a hard target has none."""
+    def where_present(self, values: Tensor, otherwise: float) -> Tensor:
+        """Return `values` `[B, K]` with `otherwise` at labels of weight 0; a hard target has none."""
         return values if self.index.shape[1] == 1 else torch.where(self.weight > 0, values, otherwise)
 
     def heaviest(self) -> 'Labels':
-        """The first label alone, as if the target were hard."""
+        """Return the first label alone, as if the target were hard."""
         return self if self.index.shape[1] == 1 else Labels(self.index[:, :1], torch.ones_like(self.weight[:, :1]))
 
 
-def read_target(target: torch.Tensor, logits: torch.Tensor, smoothing: float, check: bool) -> Labels:
+def read_target(target: Tensor, logits: Tensor, smoothing: float, check: bool) -> Labels:
     """Read a target of timm's loaders, hard or mixed.
 
     timm folds label smoothing s into the dense targets of Mixup: `off = s / C`, `on = 1 - s + off`, and a row is
@@ -48,7 +49,7 @@ def read_target(target: torch.Tensor, logits: torch.Tensor, smoothing: float, ch
         ValueError: A shape, dtype, smoothing or (with `check`) value that no target of timm has.
     """
     if not 0.0 <= smoothing < 1.0:
-        raise ValueError(f'smoothing must be in [0, 1), got {smoothing}')
+        raise ValueError(f'smoothing must be in [0, 1), got {smoothing}.')
     batch_size, num_classes = logits.shape
     if target.shape == (batch_size,) and not target.is_floating_point():
         return _read_hard(target, logits, check)
@@ -56,33 +57,33 @@ def read_target(target: torch.Tensor, logits: torch.Tensor, smoothing: float, ch
         return _read_mixed(target, logits, smoothing, check)
     raise ValueError(
         f'target must be [{batch_size}] class indices or a floating point [{batch_size}, {num_classes}] '
-        f'for logits of that shape, got {list(target.shape)} {target.dtype}'
+        f'for logits of that shape, got {list(target.shape)} {target.dtype}.'
     )
 
 
-def _read_hard(target: torch.Tensor, logits: torch.Tensor, check: bool) -> Labels:
+def _read_hard(target: Tensor, logits: Tensor, check: bool) -> Labels:
     num_classes = logits.shape[1]
     if check and target.numel():
         lowest, highest = (int(value) for value in target.aminmax())
         if lowest < 0 or highest >= num_classes:
             outside = lowest if lowest < 0 else highest
-            raise ValueError(f'target holds class {outside}, outside [0, {num_classes}) of the logits')
+            raise ValueError(f'target holds class {outside}, outside [0, {num_classes}) of the logits.')
     index = target.long().unsqueeze(1)
     return Labels(index, torch.ones_like(index, dtype=logits.dtype))
 
 
-def _read_mixed(target: torch.Tensor, logits: torch.Tensor, smoothing: float, check: bool) -> Labels:
+def _read_mixed(target: Tensor, logits: Tensor, smoothing: float, check: bool) -> Labels:
     num_classes = logits.shape[1]
     eps = torch.finfo(target.dtype).eps
     value, index = target.topk(2, dim=1)
     value = value.to(logits.dtype)
-    # What lam and 1 - lam add up to: 1, but not in half precision, in which timm's Mixup keeps them if the images are.
-    # Every class but the two heaviest has its part of `off`.
+    # What the two shares add up to, from the two heaviest values, as each of the other C - 2 classes holds `off`. It is
+    # 1 but under half precision images: their Mixup rounds lam and 1 - lam, each for itself.
     total = value.sum(1, keepdim=True) / (1 - (num_classes - 2) * smoothing / num_classes)
     if check and not bool(((total - 1).abs() < 0.01).all()):
         raise ValueError(
             f'target rows are not a mix of at most two classes with smoothing {smoothing}: pass the smoothing that '
-            f'timm\'s Mixup was given'
+            f'timm\'s Mixup was given.'
         )
     off = total * (smoothing / num_classes)
     excess = value[:, 1:] - off
