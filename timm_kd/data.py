@@ -1,21 +1,82 @@
-"""args -> data sets, loaders, Mixup, all of them timm's."""
-import argparse
+"""The data of a run: timm's data sets, loaders and Mixup, and what is refused of a folder of images."""
 import logging
 import os
+import pickle
+import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ImageMode
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
+from PIL import Image
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
 
-from .errors import UsageError
+from .errors import UsageError, few, shortened
 from .replay import ReplayMixup, make_replayable
 
 _logger = logging.getLogger(__name__)
 
 DataConfig = dict[str, Any]
+
+# The folders of a data set in which timm looks for training and for validation images.
+_SPLIT_FOLDERS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation')
+
+# What timm's readers raise for data that they cannot find or read.
+_READ_ERRORS = (
+    RuntimeError, AssertionError, ImportError, LookupError, OSError, ValueError, tarfile.TarError,
+    pickle.UnpicklingError,
+)
+
+
+class UnreadableImages(RuntimeError):
+    """Images of the data set cannot be read; training cannot go on.
+
+    A `DataLoader` raises an error of a worker process again with the worker's traceback before its message; the message
+    here is the sentence alone.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
+
+
+class NamedImages(ImageDataset):
+    """timm's data set, which ends with the name of a file where timm's gives up on its images.
+
+    Args:
+        dataset: The data set whose reader and settings to take.
+
+    Raises:
+        UnreadableImages: By `dataset[index]`, if this image and those after it cannot be read (timm skips up to nine),
+            or if it has too many pixels to be safe.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        vars(self).update(vars(dataset))
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return super().__getitem__(index)
+        except Image.DecompressionBombError as error:
+            raise UnreadableImages(f'{self._place(index)} cannot be read: {shortened(error)}') from error
+        except RuntimeError as error:
+            if 'consecutive samples' not in str(error):
+                raise
+            raise UnreadableImages(
+                f'{self._place(index)} and the {self._max_retries - 1} images after it cannot be read: mend or remove '
+                'them.'
+            ) from error
+
+    def _place(self, index: int) -> str:
+        name = self.filename(index, absolute=True) or f'image {index}'  # images of hfds data sets may have no name
+        return name if os.path.isabs(name) else f'{name} of {self.reader.root}'
 
 
 @dataclass
@@ -27,7 +88,7 @@ class TrainData:
     mixup_active: bool
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Tells everything that counts epochs which one comes, and at which batch a replayable loader begins."""
+        """Tell everything that counts epochs which one comes, and at which batch a replayable loader begins."""
         batch_sampler = getattr(self.loader, 'batch_sampler', None)
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
@@ -40,255 +101,266 @@ class TrainData:
                     break
 
     def set_mixup(self, enabled: bool) -> None:
-        """Switches Mixup and CutMix, where there are any (`--mixup-off-epoch`); targets stay dense."""
+        """Switch Mixup and CutMix, where there are any (`--mixup-off-epoch`); targets stay dense."""
         if self.mixup_active:
             mixer = self.loader if self.mixup_fn is None else self.mixup_fn
             mixer.mixup_enabled = enabled
 
 
-def uses_mixup(args: argparse.Namespace) -> bool:
-    """Tells whether batches are mixed, so that targets are dense."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+def create_datasets(
+        root: str,
+        *,
+        num_classes: int,
+        name: str = '',
+        train_split: str = 'train',
+        val_split: str = 'validation',
+        class_map: str = '',
+        train_num_samples: int | None = None,
+        val_num_samples: int | None = None,
+        repeats: float = 0,
+        **options: Any,
+) -> tuple[Dataset, Dataset | None]:
+    """Create the data sets of both splits, their classes numbered alike.
 
+    timm numbers the classes of each split by itself. Where the validation split holds images of some of the training
+    classes only, it is read with training's numbers.
 
-def uses_splits(args: argparse.Namespace) -> bool:
-    """Tells whether each sample comes in several augmentations (AugMix)."""
-    return args.aug_splits > 1
+    Args:
+        root: Folder of the data set, or a tar file.
+        num_classes: Classes of the model.
+        name: `--dataset` of timm: '' for folders and tar files.
+        train_split: Name of the training split.
+        val_split: Name of the validation split; '' for none.
+        class_map: A file that numbers the classes of both splits; '' to number them in the order of their names.
+        train_num_samples: Images of the training split, for streams that do not say.
+        val_num_samples: The same of the validation split.
+        repeats: Times that an epoch repeats the training split (streams only).
+        options: Further keywords of `timm.data.create_dataset` for both splits.
+
+    Returns:
+        Training and validation data set, the second None without a split.
+
+    Raises:
+        UsageError: If a split or the class map cannot be read, both splits hold the same images, or the classes fit
+            neither each other nor the model.
+    """
+    if not name and not os.path.exists(root):
+        raise UsageError(f'data folder {root}: no such folder; it should hold a folder per split and class.')
+    given_map = _read_class_map(class_map, root or '', train_split) if class_map else None
+    open_split = partial(_open_split, name, root, class_map=given_map, map_file=class_map, **options)
+    train_set = open_split(split=train_split, is_training=True, num_samples=train_num_samples, repeats=repeats)
+    _check_classes(train_set, f'--train-split {train_split}', root, num_classes, ordered=given_map is not None)
+    open_validation = partial(open_split, split=val_split, is_training=False, num_samples=val_num_samples)
+    eval_set = open_validation() if val_split else None
+    _check_folders(train_set, eval_set, root, train_split, val_split)
+    if eval_set is not None:
+        eval_set = _with_classes_of(train_set, eval_set, open_validation, train_split, val_split)
+    return train_set, eval_set
 
 
 def create_train_data(
-        args: argparse.Namespace,
-        data_config: DataConfig,
-        device: torch.device,
-        dtype: torch.dtype | None,
+        dataset: Dataset,
+        *,
+        mixup: dict[str, Any] | None = None,
+        replay_seed: int | None = None,
+        replay_epochs: int | None = None,
+        **options: Any,
 ) -> TrainData:
-    """Creates the training data set and its loader.
+    """Create the training loader, with AugMix, Mixup and replay where they are asked for.
+
+    Args:
+        dataset: The training data set.
+        mixup: Arguments of `timm.data.Mixup`; None to mix nothing.
+        replay_seed: Seed of a replayable loader; None for timm's own.
+        replay_epochs: Distinct epochs of a replayable loader; None: all are distinct.
+        options: Keywords of `timm.data.create_loader`.
 
     Raises:
-        UsageError: If the data cannot be found or does not fit the flags.
+        UsageError: If the data set does not fit the settings.
     """
-    if args.aug_repeats and not args.distributed:
+    if options.get('num_aug_repeats') and not options.get('distributed'):
         raise UsageError(
-            f'--aug-repeats {args.aug_repeats:g}: timm spreads the repeats over processes: start two or more with '
-            'torchrun, or leave it out.')
-    dataset = _create_dataset(args, data_config, training=True)
-    _check_classes(dataset, args)
-    mixup_active = uses_mixup(args)
+            f'--aug-repeats {options["num_aug_repeats"]:g}: timm spreads the repeats over processes: start two or more '
+            'with torchrun, or leave it out.')
     collate_fn = mixup_fn = None
-    if mixup_active:
-        mixup_args = dict(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
-        )
-        if args.no_prefetcher:
-            mixup_fn = Mixup(**mixup_args)
+    if mixup is not None:
+        if options['use_prefetcher']:
+            collate_fn = FastCollateMixup(**mixup)
         else:
-            collate_fn = FastCollateMixup(**mixup_args)
-    augmented = AugMixDataset(dataset, num_splits=args.aug_splits) if uses_splits(args) else dataset
+            mixup_fn = Mixup(**mixup)
+    num_splits = options.get('num_aug_splits', 0)
+    augmented = AugMixDataset(dataset, num_splits=num_splits) if num_splits else dataset
     try:
-        loader = create_loader(
-            augmented,
-            batch_size=args.batch_size,
-            is_training=True,
-            collate_fn=collate_fn,
-            **augmentation_settings(args, data_config),
-            **_scheduled_sizes(args),
-            **_loading(args, data_config, device, dtype),
-        )
+        loader = create_loader(augmented, is_training=True, collate_fn=collate_fn, **options)
     except (ValueError, AssertionError) as error:  # timm's own sentences about --train-img-sizes and its like
         raise UsageError(f'training loader: {error}') from error
-    if args.replayable_data:
-        loader = make_replayable(loader, seed=args.seed, num_epochs=args.teacher_cache_epochs)
+    if replay_seed is not None:
+        loader = make_replayable(loader, seed=replay_seed, num_epochs=replay_epochs)
         if mixup_fn is not None:
             mixup_fn = ReplayMixup(mixup_fn, loader)
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:
         raise UsageError(
-            f'--batch-size {args.batch_size}: the {len(dataset)} training images do not fill one batch, and timm drops '
-            'the last partial one: lower it.'
+            f'--batch-size {options["batch_size"]}: the {len(dataset)} training images do not fill one batch, and timm '
+            'drops the last partial one: lower it.'
         )
-    return TrainData(dataset, loader, mixup_fn, mixup_active)
+    return TrainData(dataset, loader, mixup_fn, mixup_active=mixup is not None)
 
 
-def create_eval_loader(
-        args: argparse.Namespace,
-        data_config: DataConfig,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        persistent_workers: bool = True,
-) -> DataLoader | None:
-    """Creates a loader of the validation split, or returns None without one (`--val-split ''`).
+def create_eval_loader(dataset: Dataset, *, replayable: bool = False, **options: Any) -> DataLoader:
+    """Create a loader of the validation split.
 
-    Raises:
-        UsageError: If the split cannot be found or has other classes than the model.
+    Args:
+        dataset: The validation data set; several loaders may share it.
+        replayable: Take nothing from torch's random stream.
+        options: Keywords of `timm.data.create_loader`.
     """
-    if not args.val_split:
-        return None
-    dataset = _create_dataset(args, data_config, training=False)
-    _check_classes(dataset, args)
-    loading = _loading(args, data_config, device, dtype)
-    if args.distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
-        loading['num_workers'] = min(2, args.workers)  # sharded readers: few workers keep the padding small
-    loading.pop('use_multi_epochs_loader')
-    loading.pop('worker_seeding')
-    loader = create_loader(
-        dataset,
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        persistent_workers=persistent_workers,
-        **loading,
-    )
-    if args.replayable_data:
+    loader = create_loader(dataset, is_training=False, **options)
+    if replayable:
         # Persistent workers draw a seed when they start, a resumed run once more: not from the stream of dropout.
         getattr(loader, 'loader', loader).generator = torch.Generator()
     return loader
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """Returns the names of a data set's classes in index order, where it knows them."""
-    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or \
-        getattr(dataset, 'class_to_idx', None)
-    return sorted(class_to_idx, key=class_to_idx.get) if class_to_idx else None
+    """Return the names of a data set's classes in index order, where it knows one for each index."""
+    numbers = _class_numbers(dataset)
+    names = sorted(numbers, key=numbers.get)
+    return names if names and [numbers[name] for name in names] == list(range(len(names))) else None
 
 
-def _create_dataset(args: argparse.Namespace, data_config: DataConfig, training: bool) -> Dataset:
-    split = args.train_split if training else args.val_split
-    root = args.data_dir or args.data
-    if not args.dataset:
-        _check_folder(root, split, '--train-split' if training else '--val-split')
-    input_img_mode = image_mode(args, data_config['input_size'][0])
-    options = dict(repeats=args.epoch_repeats) if training else {}
+def _class_numbers(dataset: Dataset) -> dict[str, int]:
+    """Return the index of each class name; empty where the data set does not know."""
+    source = getattr(dataset, 'reader', dataset)
+    return getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}  # tar files
+
+
+def _open_split(
+        name: str,
+        root: str,
+        *,
+        split: str,
+        class_map: dict[str, int] | None,
+        map_file: str,
+        **options: Any,
+) -> Dataset:
     try:
-        return create_dataset(
-            args.dataset,
-            root=root,
-            split=split,
-            is_training=training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            input_img_mode=input_img_mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            num_samples=args.train_num_samples if training else args.val_num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
-            **options,
-        )
-    except (RuntimeError, AssertionError, FileNotFoundError, ImportError, ValueError) as error:
-        raise UsageError(f'--data-dir {root}, split {split!r}, --dataset {args.dataset!r}: {error}') from error
+        dataset = create_dataset(name, root=root, split=split, class_map=class_map, **options)
+    except _READ_ERRORS as error:
+        reasons = [f'--dataset {name!r}'] if name else []
+        reasons += [f'--class-map {map_file} (does it name the classes?)'] if map_file else []
+        if not name and os.path.isdir(root) and any(Path(root).glob('*.tar')):
+            reasons.append('a tar is a split where it is named, as in --train-split train.tar')
+        place = ', '.join([f'--data-dir {root}', f'split {split!r}', *reasons])
+        raise UsageError(f'{place}: {shortened(error).rstrip(".")}.') from error
+    return NamedImages(dataset) if type(dataset) is ImageDataset else dataset
 
 
-def image_mode(args: argparse.Namespace, channels: int) -> str:
-    """Returns the PIL mode of the images, timm's default for the model's channels where no flag says."""
-    mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
+def _read_class_map(path: str, root: str, train_split: str) -> dict[str, int]:
+    """Read a class map as timm does, once for both splits."""
+    places = [path, os.path.join(root, path), os.path.join(root, train_split, path)]
     try:
-        bands = len(ImageMode.getmode(mode).bands)
-    except KeyError as error:
-        raise UsageError(f'--input-img-mode {mode}: PIL knows no such mode; RGB, L, RGBA, ... are needed.') from error
-    if bands != channels:
-        raise UsageError(
-            f'images of mode {mode} have {bands} channels, --model {args.model} takes {channels}: set --in-chans or '
-            '--input-img-mode.')
-    return mode
+        numbers = load_class_map(next(filter(os.path.isfile, places), path))
+    except Exception as error:  # a file that is no pickle makes `pickle` raise nearly anything
+        raise UsageError(_no_class_map(path, shortened(error))) from error
+    numbers.pop('', None)  # an empty line of a text file
+    wrong = [value for value in numbers.values() if type(value) is not int or value < 0]
+    if wrong or not numbers:
+        raise UsageError(_no_class_map(path, f'{wrong[0]!r} is no index' if wrong else 'it names no class'))
+    return numbers
 
 
-def _check_folder(root: str, split: str, flag: str) -> None:
-    """Refuses a folder that timm would read as something it is not: a missing split falls back to the root."""
-    if not os.path.isdir(root):
-        if not os.path.isfile(root):  # a tar file is timm's business
-            raise UsageError(f'data folder {root}: no such folder; it should hold a folder per split and class.')
+def _no_class_map(path: str, reason: str) -> str:
+    return (
+        f'--class-map {path}: {reason.rstrip(".")}; expected a .txt file with a class name on each line, or a .pkl '
+        'file of a plain dict from names to indices.'
+    )
+
+
+def _check_classes(dataset: Dataset, split: str, root: str, num_classes: int, ordered: bool) -> None:
+    """Refuse classes that the model lacks, and names whose order is not certain; warn of classes without images."""
+    numbers = _class_numbers(dataset)
+    if not numbers:
         return
-    folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
-    train, validation = {'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'}
-    name = split.split('[')[0]
-    synonyms = next((group for group in (train, validation) if name in group), {name})
-    if not folders & {name, *synonyms} and folders & {*train, *validation}:
-        found = ', '.join(sorted(folders & {*train, *validation}))
-        raise UsageError(f"{flag} {split}: {root} has no such folder, but {found}; name one (--val-split '' for none).")
-
-
-def _check_classes(dataset: Dataset, args: argparse.Namespace) -> None:
-    names = class_names(dataset)
-    if names is None:
-        return
-    root = args.data_dir or args.data
-    if names in ([''], ['.']):
+    if numbers.keys() <= {'', '.'}:
         raise UsageError(f'data folder {root}: images, but no class folders; it should hold <split>/<class>/<image>.')
-    if len(names) > args.num_classes:
-        raise UsageError(f'data folder {root}: {len(names)} classes, but --num-classes {args.num_classes}.')
-    if len(names) < args.num_classes:
+    count = max(numbers.values()) + 1
+    if count > num_classes:
+        raise UsageError(f'data folder {root}: {count} classes in {split} ({few(numbers)}), but --num-classes '
+                         f'{num_classes}.')
+    if not ordered and _images_of(dataset) is not None:
+        places: dict[tuple, str] = {}
+        for name in numbers:
+            other = places.setdefault(tuple(natural_key(name)), name)
+            if other != name:
+                raise UsageError(
+                    f'data folder {root}: to timm the classes {other} and {name} have the same place in the order of '
+                    'names, so their indices may change from run to run: rename one, or number them by --class-map '
+                    'FILE.')
+    if count < num_classes:
         _logger.warning(
-            f'{root} has {len(names)} classes, the model {args.num_classes}: the others will never be seen '
-            f'(--num-classes {len(names)}?).')
+            f'{split} of {root} has {count} classes, the model {num_classes}: the others will never be seen '
+            f'(--num-classes {count}?).')
 
 
-def augmentation_settings(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
-    """Returns the keywords of `create_loader` that decide how training images are augmented."""
-    interpolation = args.train_interpolation
-    if args.no_aug or not interpolation:
-        interpolation = data_config['interpolation']
-    return dict(
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        re_split=args.resplit,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
-        auto_augment=args.aa,
-        num_aug_repeats=args.aug_repeats,
-        num_aug_splits=args.aug_splits if uses_splits(args) else 0,
-        interpolation=interpolation,
-    )
+def _check_folders(
+        train_set: Dataset,
+        eval_set: Dataset | None,
+        root: str,
+        train_split: str,
+        val_split: str,
+) -> None:
+    """Refuse to validate on training images by mistake: for a split that is not there, timm reads the whole folder."""
+    splits = {f'--train-split {train_split}': train_set, f'--val-split {val_split}': eval_set}
+    folders = {flag: _images_of(dataset) for flag, dataset in splits.items() if dataset is not None}
+    if None in folders.values():
+        return
+    known = [name for name in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, name))]
+    for flag, folder in folders.items():
+        if known and folder == Path(root).absolute():
+            raise UsageError(f"{flag}: {root} has no such folder, but {', '.join(known)}; name one (--val-split '' for "
+                             'none).')
+    if eval_set is None or train_split == val_split:
+        return
+    (train_flag, train_folder), (val_flag, val_folder) = folders.items()
+    if not train_folder.is_relative_to(val_folder) and not val_folder.is_relative_to(train_folder):
+        return
+    if os.path.isfile(root):
+        advice = 'give a folder with a tar for each split, as in --train-split train.tar --val-split validation.tar'
+    elif Path(root).absolute().name in _SPLIT_FOLDERS:
+        advice = f'give {Path(root).absolute().parent}'
+    else:
+        advice = 'give a folder with a folder for each split, train and validation'
+    raise UsageError(
+        f'data folder {root}: timm reads {train_folder} for {train_flag} and {val_folder} for {val_flag}, so training '
+        f"images would be validated on: {advice}; or --val-split '' for no validation.")
 
 
-def _scheduled_sizes(args: argparse.Namespace) -> dict[str, Any]:
-    if not args.train_img_sizes:
-        return {}
-    return dict(
-        input_size_choices=args.train_img_sizes,
-        batch_size_choices=args.train_batch_sizes,
-        batch_choice_weights=args.train_size_probs,
-        batch_choice_seed=args.seed,
-        batch_choice_schedule=args.train_size_schedule,
-        batch_schedule_epochs=args.epochs,
-        batch_schedule_spread=args.train_size_schedule_spread,
-        batch_schedule_random_mix=args.train_size_random_mix,
-        num_batches=args.train_batches_per_epoch,
-    )
+def _images_of(dataset: Dataset) -> Path | None:
+    """Return the folder or tar file that timm reads; None for a data set that is known by its name."""
+    source = getattr(dataset, 'reader', dataset)
+    is_local = isinstance(source, ReaderImageFolder | ReaderImageInTar | ImageFolder)
+    return Path(source.root).absolute() if is_local else None
 
 
-def _loading(
-        args: argparse.Namespace,
-        data_config: DataConfig,
-        device: torch.device,
-        dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    return dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        distributed=args.distributed,
-        pin_memory=args.pin_mem,
-        img_dtype=dtype or torch.float32,
-        device=device,
-        use_prefetcher=not args.no_prefetcher,
-        use_multi_epochs_loader=args.use_multi_epochs_loader,
-        worker_seeding=args.worker_seeding,
-    )
+def _with_classes_of(
+        train_set: Dataset,
+        eval_set: Dataset,
+        open_validation: Callable[..., Dataset],
+        train_split: str,
+        val_split: str,
+) -> Dataset:
+    """Return the validation data set with the class indices of training."""
+    trained, validated = _class_numbers(train_set), _class_numbers(eval_set)
+    if not trained or not validated or trained == validated:
+        return eval_set
+    unknown = [name for name in validated if name not in trained]
+    absent = [name for name in trained if name not in validated]
+    if unknown or not hasattr(eval_set, 'reader'):  # torchvision's own data sets take no numbers
+        raise UsageError(
+            f'--train-split {train_split} and --val-split {val_split} have different classes, which timm numbers '
+            f'separately: {few(unknown)} in validation alone, {few(absent)} in training alone. Rename or add the '
+            "folders, or leave validation out (--val-split '').")
+    _logger.info(
+        f'--val-split {val_split} has {len(validated)} of the {len(trained)} classes (not {few(absent)}): they have '
+        'the indices of training.')
+    return open_validation(class_map=trained)

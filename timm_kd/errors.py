@@ -58,6 +58,12 @@ def out_of_range(
     return '' if holds else 'a value ' + ' and '.join(text.format(b) for text, b in bounds.items() if b is not None)
 
 
+def few(names: Iterable[str]) -> str:
+    """Return the first three of some names, for a message."""
+    first = [str(name) or "''" for name in names]
+    return ', '.join(first[:3]) + (', ...' if len(first) > 3 else '') or 'nothing'
+
+
 def explain(error: Exception, repo: str) -> str:
     """Say in a sentence why a download from the Hub repository `repo` failed; never with a URL, a header or a token."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):

@@ -1,7 +1,7 @@
 """What is refused of a student that timm has built: it fails on the images, or the file had no weights for it."""
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from timm.models import load_state_dict
@@ -9,7 +9,7 @@ from torch import nn
 
 from .cli import resolve_kd
 from .cli.messages import as_given
-from .errors import UsageError, shortened
+from .errors import UsageError, few, shortened
 from .random_state import preserved_random_state
 
 # timm leaves random what a file does not name; up to here it may be that the user wants it so.
@@ -116,11 +116,6 @@ def check_pretrained(model: nn.Module, build: Callable[[], nn.Module], args: arg
     num_random, num_weights = (sum(weights[name].numel() for name in names) for names in (random, weights))
     if num_random > _LARGEST_RANDOM_SHARE * num_weights:
         raise UsageError(
-            f'--pretrained-path {args.pretrained_path} does not fit --model {args.model}: it lacks {_some(random)} '
-            f'and holds {_some(load_state_dict(args.pretrained_path))}; name the model that it was saved from.'
+            f'--pretrained-path {args.pretrained_path} does not fit --model {args.model}: it lacks {few(random)} '
+            f'and holds {few(load_state_dict(args.pretrained_path))}; name the model that it was saved from.'
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '') or 'nothing'

@@ -23,7 +23,7 @@ from .build import (
 )
 from .checkpoint import AtomicSaver, CheckpointWriteError, resume
 from .cli import parse_args, resolve_kd
-from .data import class_names, create_eval_loader, create_train_data
+from .data import UnreadableImages, class_names, create_eval_loader
 from .engine import evaluate_teacher
 from .errors import UsageError
 from .files import write_atomically
@@ -35,6 +35,7 @@ from .random_state import preserved_random_state
 from .record import RunRecord
 from .resume import find_start
 from .runtime import EXIT_SIGTERM, Terminated, create_loss_scaler, model_dtype, setup_device
+from .setup import create_data, eval_loader_kwargs
 from .student import create_student
 from .summary import Summary
 from .teacher_cache.setup import open_cached_teacher
@@ -51,8 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         argv: Arguments without the program's name; those of the process when None.
 
     Raises:
-        SystemExit: 2 for a usage error, 3 for a non-finite loss, 4 when the trained student could not be pushed,
-            143 after SIGTERM, with a recovery checkpoint on disk.
+        SystemExit: 1 for a checkpoint that cannot be written or images that cannot be read, 2 for a usage error, 3 for
+            a non-finite loss, 4 when the trained student could not be pushed, 143 after SIGTERM, with a recovery
+            checkpoint on disk.
     """
     argv = sys.argv[1:] if argv is None else argv
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         _exit(EXIT_NON_FINITE, f'{error}. Nothing was saved after it: lower --lr, set --clip-grad, or use bfloat16.')
     except PushError as error:
         _exit(EXIT_NOT_PUSHED, str(error))
-    except CheckpointWriteError as error:
+    except (CheckpointWriteError, UnreadableImages) as error:
         _exit(EXIT_FAILURE, str(error))
     except Terminated as stopped:
         _exit(EXIT_SIGTERM, f'SIGTERM: stopped in {stopped}; --resume auto goes on from there.')
@@ -91,8 +93,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
 
     student, data_config = create_student(args, device, dtype, primary)
     kd = resolve_kd(args)
-    data = create_train_data(args, data_config, device, dtype)
-    eval_loader = create_eval_loader(args, data_config, device, dtype)
+    data, eval_loader = create_data(args, data_config, device, dtype)
     _check_tta(args, eval_loader)
     optimizer = create_optimizer(args, student)
     loss_scaler = create_loss_scaler(args, device)
@@ -245,8 +246,8 @@ def _evaluate_teacher(
     """Evaluates the teacher by a loader of its own, which changes no draw of the training."""
     def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
         with preserved_random_state():
-            loader = create_eval_loader(
-                args, data_config, loop.steps.device, loop.steps.dtype, persistent_workers=False)
+            options = eval_loader_kwargs(args, data_config, loop.steps.device, loop.steps.dtype)
+            loader = create_eval_loader(loop.eval_loader.dataset, **options, persistent_workers=False)
             return evaluate_teacher(loop.task, loader, loop.steps, args.distributed)
 
     return loop.task.teacher.validation(evaluate) if args.teacher_cache else evaluate()

@@ -156,7 +156,9 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UsageError('--resume auto needs --experiment NAME: the name of the run to go on with')
     else:
         _require_file('resume', args.resume)
-    if args.class_map and not os.path.isfile(os.path.join(args.data_dir or args.data or '', args.class_map)):
+    data_dir = args.data_dir or args.data or ''
+    places = (os.path.join(data_dir, args.class_map), os.path.join(data_dir, args.train_split, args.class_map))
+    if args.class_map and not any(map(os.path.isfile, places)):
         _require_file('class_map', args.class_map)
 
 

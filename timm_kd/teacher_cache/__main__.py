@@ -11,12 +11,13 @@ import sys
 
 import torch
 
+from ..data import UnreadableImages
 from ..errors import UsageError
 from ..logs import setup_logging
 from .fill import fill
 from .inspect import describe, verify
 
-EXIT_DIFFERENT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_DIFFERENT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
         argv: Arguments without the program's name; those of the process when None.
 
     Raises:
-        SystemExit: 2 for a usage error, 1 where `verify` finds rows that differ, 130 after Ctrl-C.
+        SystemExit: 2 for a usage error, 1 where `verify` finds rows that differ or images cannot be read, 130 after
+            Ctrl-C.
     """
     options, further = _parser().parse_known_args(argv)
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         print(f'timm_kd.teacher_cache: error: {error}', file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
+    except UnreadableImages as error:
+        print(f'timm_kd.teacher_cache: error: {error}', file=sys.stderr)
+        raise SystemExit(EXIT_FAILURE) from None
     except KeyboardInterrupt:
         print('timm_kd.teacher_cache: interrupted; what is stored stays, the same command goes on', file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None

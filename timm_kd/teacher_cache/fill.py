@@ -17,11 +17,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..build import count_epochs, step_settings
 from ..cli import parse_args, resolve_kd
-from ..data import TrainData, create_eval_loader, create_train_data
+from ..data import TrainData
 from ..engine import StepSettings, evaluate_teacher
 from ..errors import UsageError
 from ..random_state import preserved_random_state
 from ..runtime import model_dtype, setup_device
+from ..setup import create_data
 from ..student import create_student
 from .cached_teacher import CachedTeacher
 from .setup import open_cached_teacher
@@ -85,8 +86,7 @@ def open_run(
     random_seed(args.seed, args.rank)
     # The student tells what its images are like, and is let go.
     _, data_config = create_student(args, torch.device('cpu'), None, args.rank == 0)
-    data = create_train_data(args, data_config, device, dtype)
-    eval_loader = create_eval_loader(args, data_config, device, dtype)
+    data, eval_loader = create_data(args, data_config, device, dtype)
     scheduled = range(count_epochs(args, len(data.loader)))
     epochs = scheduled if epochs is None else epochs
     if max(epochs) not in scheduled and not live:

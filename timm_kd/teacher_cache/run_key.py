@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..cli import KDSettings
-from ..data import DataConfig, TrainData, augmentation_settings, image_mode
+from ..data import DataConfig, TrainData
 from ..errors import UsageError
+from ..setup import augmentation_settings, image_mode
 from .fingerprint import fingerprint_dataset, fingerprint_teacher, hash_file
 from .key import Key, read_key
 from .store import KEY_FILE
