@@ -61,6 +61,14 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(params=['float32', 'bfloat16'])
+def auto_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What `--teacher-dtype auto` is on the CPU in this process: each in turn, whatever this processor is."""
+    for probe in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+        monkeypatch.setattr(torch.cpu, probe, lambda: request.param == 'bfloat16')
+    return getattr(torch, request.param)
+
+
 @pytest.fixture
 def train(digits: Path, tmp_path: Path) -> Callable[..., Run]:
     """Runs the script on the digits."""

@@ -68,17 +68,22 @@ def test_split_batch_gives_the_loss_and_gradient_of_the_whole(tmp_path):
             torch.testing.assert_close(split_gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def script_args(digits: Path, teacher: Path, output: Path) -> list[str]:
+def script_args(digits: Path, teacher: Path, output: Path, teacher_dtype: str = 'float32') -> list[str]:
     return [
         str(digits), '--model', 'test_resnet', '--num-classes', '10', '--img-size', '32', '--device', 'cpu',
         '--teacher', f'local-dir:{teacher}', '--kd-loss', 'nkd', '--batch-size', '8', '--grad-accum-steps', '2',
         '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--epochs', '2', '--replayable-data',
-        '--output', str(output), '--experiment', 'run',
+        '--teacher-dtype', teacher_dtype, '--output', str(output), '--experiment', 'run',
     ]
 
 
+@pytest.fixture(scope='module', params=['float32', 'bfloat16'])
+def teacher_dtype(request) -> torch.dtype:
+    return getattr(torch, request.param)
+
+
 @pytest.fixture(scope='module')
-def two_process_run(digits, digits_teacher, tmp_path_factory) -> Path:
+def two_process_run(digits, digits_teacher, teacher_dtype, tmp_path_factory) -> Path:
     """A run of 2 epochs on 2 ranks, on a validation set of odd length, so that the sampler pads it."""
     output = tmp_path_factory.mktemp('two')
     odd = output / 'digits'
@@ -88,26 +93,30 @@ def two_process_run(digits, digits_teacher, tmp_path_factory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source)
     next((odd / 'validation').rglob('*.png')).unlink()
-    args = [*script_args(odd, digits_teacher, output), '--model-ema', '--model-ema-decay', '0.5']
+    args = script_args(odd, digits_teacher, output, str(teacher_dtype).removeprefix('torch.'))
+    args += ['--model-ema', '--model-ema-decay', '0.5']
     runs = run_on_ranks(train.main, (args,), output)
     (output / 'stdout').write_text(runs[0].stdout)
     assert runs[1].stdout == '' and 'Train:' not in runs[1].stderr
     return output
 
 
-def evaluate_alone(model: nn.Module, data: Path) -> tuple[float, torch.Tensor]:
+def evaluate_alone(model: nn.Module, data: Path, dtype: torch.dtype = torch.float32) -> tuple[float, torch.Tensor]:
     """Top-1 of a model on the validation split, by one process, and its predictions."""
     dataset = create_dataset('', root=str(data), split='validation')
     config = resolve_data_config(model=model) | {'input_size': (3, 32, 32)}
     loader = create_loader(
-        dataset, config['input_size'], 16, mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
+        dataset, config['input_size'], 8, mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
         interpolation=config['interpolation'], num_workers=0, device=torch.device('cpu'))
+    as_the_run = {'dtype': dtype, 'memory_format': torch.channels_last}
+    model.eval().to(**as_the_run)
     with torch.no_grad():
-        outputs, targets = zip(*((model.eval()(input).argmax(1), target) for input, target in loader), strict=True)
+        outputs, targets = zip(
+            *((model(input.to(**as_the_run)).argmax(1), target) for input, target in loader), strict=True)
     return 100 * (torch.cat(outputs) == torch.cat(targets)).double().mean().item(), torch.cat(outputs)
 
 
-def test_metrics_over_ranks_are_those_of_one_process(two_process_run, digits_teacher):
+def test_metrics_over_ranks_are_those_of_one_process(two_process_run, digits_teacher, teacher_dtype):
     results = json.loads((two_process_run / 'stdout').read_text().split('--result\n')[1])
     checkpoint = torch.load(two_process_run / 'run' / 'last.pth.tar', weights_only=False)
     student = timm.create_model('test_resnet', num_classes=10)
@@ -118,7 +127,7 @@ def test_metrics_over_ranks_are_those_of_one_process(two_process_run, digits_tea
     teacher = timm.create_model(f'local-dir:{digits_teacher}', pretrained=True)
     student_config = resolve_data_config(model=student)
     teacher.pretrained_cfg.update(crop_pct=student_config['crop_pct'], interpolation=student_config['interpolation'])
-    teacher_top1, teacher_predictions = evaluate_alone(teacher, two_process_run / 'digits')
+    teacher_top1, teacher_predictions = evaluate_alone(teacher, two_process_run / 'digits', teacher_dtype)
     assert results['teacher'][0]['top1'] == pytest.approx(teacher_top1, abs=1e-9)
     agreement = 100 * (predictions == teacher_predictions).double().mean().item()
     assert validation['agreement'] == pytest.approx(agreement, abs=1e-9)

@@ -35,7 +35,7 @@ def test_kd_equals_timms_own_task_in_teacher_logits_loss_and_gradient(student_no
     theirs = LogitDistillationTask(
         students[0], copy.deepcopy(model), nn.CrossEntropyLoss(), temperature=4.0, verbose=False,
     ).train()
-    teacher = Teacher(model, 7, **student_norm)
+    teacher = Teacher(model, 7, **student_norm, dtype='float32')
     ours = KDTask(students[1], create_kd_loss('kd', temperature=4.0), teacher=teacher, verbose=False).train()
     images, target = batch(), torch.tensor([0, 3, 6, 2])
 
@@ -109,10 +109,19 @@ def test_half_precision_images_suit_a_float32_teacher():
     torch.testing.assert_close(teacher(images), teacher(images.float()))
 
 
-def test_auto_precision_is_bfloat16_exactly_where_the_cpu_multiplies_it():
-    flags = next(line for line in open('/proc/cpuinfo') if line.startswith('flags')).split()
-    fast = 'avx512_bf16' in flags or 'amx_bf16' in flags
-    assert resolve_dtype('auto', torch.device('cpu')) == (torch.bfloat16 if fast else torch.float32)
+def test_auto_precision_is_bfloat16_exactly_where_the_cpu_multiplies_it(auto_dtype):
+    teacher = Teacher(build(), 7, dtype='auto')
+    assert {p.dtype for p in teacher.parameters()} == {auto_dtype}
+    named = Teacher(build(), 7, dtype=str(auto_dtype).removeprefix('torch.'))
+    assert teacher.fingerprint() == named.fingerprint()
+    assert torch.equal(teacher(batch()), named(batch()))
+
+
+@pytest.mark.parametrize('fast', ['_is_amx_tile_supported', '_is_avx512_bf16_supported'])
+def test_either_kind_of_bfloat16_unit_is_enough(fast, monkeypatch):
+    for probe in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe == fast)  # an error where torch renames it
+    assert resolve_dtype('auto', torch.device('cpu')) == torch.bfloat16
 
 
 def test_unknown_precision_is_refused():
@@ -150,11 +159,10 @@ class Answers(nn.Module):
         return self.wrap(self.head(x.flatten(1)))
 
 
-def test_pair_of_a_distilled_model_is_averaged():
-    model = Answers(lambda z: (z, 3 * z))
-    with torch.no_grad():
-        expected = 2 * model.head(batch(8).flatten(1))
-    torch.testing.assert_close(Teacher(model, 7)(batch(8)), expected)
+def test_pair_of_a_distilled_model_is_averaged_in_float32(auto_dtype):
+    teacher = Teacher(Answers(lambda z: (z, 3 * z)), 7)
+    first = teacher.model.head(batch(8).flatten(1).to(auto_dtype))
+    assert torch.equal(teacher(batch(8)), (first.float() + (3 * first).float()) / 2)
 
 
 def test_dictionary_with_logits_is_understood():
@@ -213,10 +221,10 @@ def test_fingerprint_tells_apart_whatever_changes_the_logits(tmp_path):
     (tmp_path / 'map.txt').write_text('1\n0\n2\n3\n4\n5\n6')
     ways = [{}, IMAGENET, {'img_size': 48}, {'dtype': 'bfloat16'}, {'dtype': 'amp'}, {'in_chans': 1}]
     ways.append({'class_map': tmp_path / 'map.txt'})
-    prints = [json.dumps(Teacher(build(), 7, **way).fingerprint()) for way in ways]
-    prints.append(json.dumps(Teacher(build(seed=1), 7).fingerprint()))
+    prints = [json.dumps(Teacher(build(), 7, **{'dtype': 'float32', **way}).fingerprint()) for way in ways]
+    prints.append(json.dumps(Teacher(build(seed=1), 7, dtype='float32').fingerprint()))
     assert len(set(prints)) == len(prints)
-    assert json.dumps(Teacher(build(), 7).fingerprint()) == prints[0]
+    assert json.dumps(Teacher(build(), 7, dtype='float32').fingerprint()) == prints[0]
 
 
 def test_start_up_line_names_what_it_does():

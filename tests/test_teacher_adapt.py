@@ -114,7 +114,7 @@ def test_size_that_a_built_model_cannot_take_is_refused():
 
 def test_fixed_size_model_is_built_for_the_asked_size(tmp_path):
     timm.models.save_for_hf(build('test_vit'), tmp_path, safe_serialization=True)
-    teacher = Teacher(str(tmp_path), 5, img_size=64)
+    teacher = Teacher(str(tmp_path), 5, img_size=64, dtype='float32')
     expected = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=64).eval()
     resized = torch.nn.functional.interpolate(picture(), (64, 64), mode='bicubic', antialias=True)
     with torch.no_grad():

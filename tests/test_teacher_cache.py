@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import tarfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,32 +237,56 @@ def test_a_full_disk_is_an_error_and_keeps_what_was_written(tmp_path):
     assert folder(tmp_path).open_epoch(0).has(np.arange(100)).sum() == 10
 
 
-def test_a_cache_that_cannot_be_written_is_read(tmp_path):
-    cache = folder(tmp_path)
-    store_rows(cache)
-    cache.close()
-    for path in [*tmp_path.iterdir(), *tmp_path.parents[:2]]:
-        path.chmod(0o755 if path.is_dir() else 0o444)
-    tmp_path.chmod(0o555)
+@pytest.fixture
+def open_path():
+    """A folder that other users may enter; those of pytest are their owner's alone."""
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
+        os.chmod(path, 0o755)
 
-    def read_as_nobody():
+
+def holds_for_a_user_without_rights(check):
+    """Whether a check is true in a process that is not root, for which no folder is closed."""
+    def run():
         if os.geteuid() == 0:
             os.setuid(65534)
-        read_only = folder(tmp_path)
-        out = np.empty((100, ROW), np.uint8)
-        read_only.open_epoch(0).read(np.arange(100), out)
-        covered = read_only.covers([0], lambda epoch: np.arange(100))
-        try:
-            read_only.check_space([0, 1])
-        except UsageError as error:
-            refused = 'cannot be written' in str(error)
-        os._exit(0 if covered and refused and np.array_equal(out, rows_of(100)) else 1)
+        os._exit(0 if check() else 1)
 
-    process = multiprocessing.get_context('fork').Process(target=read_as_nobody)
+    process = multiprocessing.get_context('fork').Process(target=run)
     process.start()
     process.join()
-    tmp_path.chmod(0o755)
-    assert process.exitcode == 0
+    return process.exitcode == 0
+
+
+def test_a_cache_that_cannot_be_written_is_read(open_path):
+    cache = folder(open_path)
+    store_rows(cache)
+    cache.close()
+    for path in open_path.iterdir():
+        path.chmod(0o444)
+    open_path.chmod(0o555)
+
+    def read_and_refuse_to_write():
+        read_only = folder(open_path)
+        out = np.empty((100, ROW), np.uint8)
+        read_only.open_epoch(0).read(np.arange(100), out)
+        with pytest.raises(UsageError, match='cannot be written'):
+            read_only.check_space([0, 1])
+        return read_only.covers([0], lambda epoch: np.arange(100)) and np.array_equal(out, rows_of(100))
+
+    assert holds_for_a_user_without_rights(read_and_refuse_to_write)
+
+
+def test_a_cache_in_a_closed_folder_is_refused_by_name(open_path):
+    def refused():
+        with pytest.raises(UsageError, match=f'--teacher-cache {open_path}/cache: Permission denied'):
+            folder(open_path / 'cache')
+        return True
+
+    (open_path / 'cache').mkdir()
+    open_path.chmod(0)
+    assert holds_for_a_user_without_rights(refused)
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):

@@ -39,12 +39,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize('prefix', ['', 'local-dir:'])
 def test_folder_saved_by_timm_prefers_safetensors(folder, prefix):
-    assert_is(Teacher(f'{prefix}{folder}', 5), build())
+    assert_is(Teacher(f'{prefix}{folder}', 5, dtype='float32'), build())
 
 
 def test_folder_with_a_pickle_alone_loads(folder):
     (folder / 'model.safetensors').unlink()
-    assert_is(Teacher(str(folder), 5), build(seed=1))
+    assert_is(Teacher(str(folder), 5, dtype='float32'), build(seed=1))
 
 
 def test_class_count_of_a_folder_is_checked_before_its_weights_are_read(folder):
@@ -96,7 +96,7 @@ def test_state_dict_file_loads(tmp_path, suffix):
     path = tmp_path / f'weights{suffix}'
     save = safetensors.torch.save_file if suffix == '.safetensors' else torch.save
     save(build().state_dict(), path)
-    assert_is(Teacher(str(path), 5, model='test_resnet'), build())
+    assert_is(Teacher(str(path), 5, dtype='float32', model='test_resnet'), build())
 
 
 @pytest.mark.parametrize('saved', [
@@ -108,13 +108,13 @@ def test_state_dict_file_loads(tmp_path, suffix):
 ], ids=['timm', 'torchvision', 'ddp', 'compiled', 'both'])
 def test_training_checkpoint_loads(tmp_path, saved):
     torch.save(saved, tmp_path / 'last.pth.tar')
-    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_resnet'), build())
+    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, dtype='float32', model='test_resnet'), build())
 
 
 @pytest.mark.parametrize('use_ema', [False, True])
 def test_ema_weights_are_taken_when_asked_for_alone(tmp_path, use_ema):
     torch.save({**checkpoint(build()), 'state_dict_ema': build(seed=1).state_dict()}, tmp_path / 'last.pth.tar')
-    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_resnet', use_ema=use_ema)
+    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, dtype='float32', model='test_resnet', use_ema=use_ema)
     assert_is(teacher, build(seed=int(use_ema)))
 
 
@@ -127,19 +127,20 @@ def test_checkpoint_without_ema_weights_refuses_to_give_them(tmp_path):
 def test_checkpoint_brings_the_normalisation_it_was_trained_with(tmp_path):
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     torch.save(checkpoint(build(), mean=list(mean), std=list(std)), tmp_path / 'last.pth.tar')
-    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, mean=mean, std=std, model='test_resnet')
+    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, mean=mean, std=std, dtype='float32', model='test_resnet')
     assert_is(teacher, build())
 
 
 def test_checkpoint_brings_the_size_it_was_trained_at(tmp_path):
     model = build('test_vit', img_size=32)
     torch.save(checkpoint(model, 'test_vit', img_size=32, model_kwargs={}), tmp_path / 'last.pth.tar')
-    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_vit'), model)
+    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, dtype='float32', model='test_vit'), model)
 
 
 def test_checkpoint_of_grey_images_stays_grey(tmp_path):
     torch.save(build(in_chans=1).state_dict(), tmp_path / 'grey.pth')
-    assert_is(Teacher(str(tmp_path / 'grey.pth'), 5, in_chans=1, model='test_resnet'), build(in_chans=1), IMAGES[:, :1])
+    teacher = Teacher(str(tmp_path / 'grey.pth'), 5, in_chans=1, dtype='float32', model='test_resnet')
+    assert_is(teacher, build(in_chans=1), IMAGES[:, :1])
 
 
 def test_teacher_keeps_no_second_copy_of_its_weights(tmp_path):

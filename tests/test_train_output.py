@@ -23,21 +23,38 @@ from timm_kd.train import main
 @pytest.fixture(scope='module')
 def nkd_run(digits: Path, digits_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two epochs of NKD with an EMA, which several tests look at; the student starts where the teacher ended."""
-    flags = (f'--teacher {digits_teacher} --kd-loss nkd --initial-checkpoint {digits_teacher}/model.safetensors '
-             '--epochs 2 --lr 1e-3 --model-ema --model-ema-decay 0.6 --save-images')
+    flags = (f'--teacher {digits_teacher} --teacher-dtype float32 --kd-loss nkd --epochs 2 --lr 1e-3 --model-ema '
+             f'--model-ema-decay 0.6 --save-images --initial-checkpoint {digits_teacher}/model.safetensors')
     return run_script(flags, digits, tmp_path_factory.mktemp('output'))
 
 
-def logits_of(model: torch.nn.Module, digits: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a model, with the preprocessing it came with, for the validation images, and their classes."""
+@pytest.fixture(scope='module')
+def bfloat16_run(digits: Path, digits_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An epoch without EMA, of a student that starts where its teacher, in bfloat16, ended."""
+    flags = (f'--teacher {digits_teacher} --teacher-dtype bfloat16 --lr 1e-3 '
+             f'--initial-checkpoint {digits_teacher}/model.safetensors')
+    return run_script(flags, digits, tmp_path_factory.mktemp('output'))
+
+
+def logits_of(
+        model: torch.nn.Module,
+        digits: Path,
+        dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a model, with the preprocessing it came with, for the validation images, and their classes.
+
+    In the precision, memory layout and batches in which a run asks its teacher, so that not a bit differs.
+    """
     loader = create_loader(
         create_dataset('', digits, 'validation', is_training=False),
-        batch_size=50, num_workers=0, device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False,
+        batch_size=32, num_workers=0, device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False,
         **{key: value for key, value in resolve_data_config({'img_size': 32}, model=model).items()
            if key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')},
     )
+    as_the_run = {'dtype': dtype, 'memory_format': torch.channels_last}
+    model.eval().to(**as_the_run)
     with torch.no_grad():
-        answers = [(model.eval()(images), target) for images, target in loader]
+        answers = [(model(images.to(**as_the_run)), target) for images, target in loader]
     return tuple(torch.cat(part) for part in zip(*answers, strict=True))
 
 
@@ -47,16 +64,19 @@ def percent(answers: torch.Tensor, others: torch.Tensor) -> float:
     return 100 * (answers.argmax(1) == others).float().mean().item()
 
 
-def test_teachers_top1_is_what_timm_evaluates(nkd_run, digits, digits_teacher):
-    logits, classes = logits_of(timm.create_model(f'local-dir:{digits_teacher}', pretrained=True), digits)
-    assert nkd_run.result['teacher'][0]['top1'] == pytest.approx(percent(logits, classes))
+@pytest.mark.parametrize(('run', 'dtype'), [('nkd_run', torch.float32), ('bfloat16_run', torch.bfloat16)])
+def test_teachers_top1_is_what_timm_evaluates(run, dtype, digits, digits_teacher, request):
+    logits, classes = logits_of(timm.create_model(f'local-dir:{digits_teacher}', pretrained=True), digits, dtype)
+    result = request.getfixturevalue(run).result
+    assert result['teacher'][0]['top1'] == pytest.approx(percent(logits, classes))
 
 
-@pytest.mark.parametrize('ema', [True, False])
-def test_loss_top1_and_agreement_are_those_of_the_saved_model(ema, nkd_run, train, digits, digits_teacher):
-    run = nkd_run if ema else train(
-        f'--teacher {digits_teacher} --initial-checkpoint {digits_teacher}/model.safetensors --lr 1e-3')
-    teacher, _ = logits_of(timm.create_model(f'local-dir:{digits_teacher}', pretrained=True), digits)
+@pytest.mark.parametrize(('run', 'ema', 'dtype'), [
+    ('nkd_run', True, torch.float32), ('bfloat16_run', False, torch.bfloat16),
+])
+def test_loss_top1_and_agreement_are_those_of_the_saved_model(run, ema, dtype, digits, digits_teacher, request):
+    run = request.getfixturevalue(run)
+    teacher, _ = logits_of(timm.create_model(f'local-dir:{digits_teacher}', pretrained=True), digits, dtype)
     student = timm.create_model('test_resnet', num_classes=10)
     student.load_state_dict(run.checkpoint()['state_dict_ema' if ema else 'state_dict'])
     logits, classes = logits_of(student, digits)

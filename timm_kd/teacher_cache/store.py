@@ -73,8 +73,8 @@ class CacheFolder:
             # A file object: the lock of a run that fails goes with the last reference to it.
             self._lock = open(self.path / LOCK_FILE, 'a')
         except OSError as error:
-            if error.errno not in _READ_ONLY or not self.path.is_dir():
-                reason = 'a folder is needed' if self.path.is_file() else error.strerror
+            if error.errno not in _READ_ONLY or not os.path.isdir(self.path):  # Path.is_dir raises in a closed folder
+                reason = 'a folder is needed' if os.path.isfile(self.path) else error.strerror
                 raise UsageError(f'--teacher-cache {path}: {reason}.') from error
         self.writable = self._lock is not None
         self._share()
