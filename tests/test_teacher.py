@@ -13,7 +13,7 @@ from timm_kd.errors import UsageError
 from timm_kd.losses import create_kd_loss
 from timm_kd.task import KDTask
 from timm_kd.teacher import Teacher
-from timm_kd.teacher.precision import is_convolutional, resolve_dtype
+from timm_kd.teacher.fast import is_convolutional, resolve_dtype
 
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
@@ -63,10 +63,10 @@ def test_stays_in_eval_mode_when_its_holder_trains():
     torch.testing.assert_close(teacher(batch()), teacher(batch()), rtol=0, atol=0)
 
 
-def test_no_parameter_and_no_running_statistic_changes():
-    model = build().train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    teacher = Teacher(model, 7, dtype='float32')
+@pytest.mark.parametrize('fold_bn', [False, True])
+def test_no_parameter_and_no_running_statistic_changes(fold_bn):
+    teacher = Teacher(build().train(), 7, dtype='float32', fold_bn=fold_bn)
+    before = {k: v.clone() for k, v in teacher.model.state_dict().items()}
     teacher.train()(batch())
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.model.state_dict().items())

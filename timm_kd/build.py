@@ -68,6 +68,7 @@ def create_run_teacher(
             use_ema=args.teacher_ema,
             class_map=args.teacher_class_map,
             class_map_missing=args.teacher_class_map_missing,
+            compile_backend=args.teacher_compile,
         )
     if args.distributed and args.rank == 0:
         torch.distributed.barrier()

@@ -218,13 +218,14 @@ def _check_compile(args: argparse.Namespace) -> None:
         raise UsageError('--torchscript and --torchcompile: choose one')
     if args.torchcompile_mode and not args.torchcompile:
         raise UsageError(f'{mode}: belongs to --torchcompile, which is not given')
-    if not args.torchcompile:
+    named = {dest: getattr(args, dest) for dest in ('torchcompile', 'teacher_compile') if getattr(args, dest)}
+    if not named:
         return
     import torch._dynamo as dynamo  # takes seconds
     backends = dynamo.list_backends(None)
-    if args.torchcompile not in backends:
-        raise UsageError(f'--torchcompile {args.torchcompile}: torch has no such backend'
-                         f'{nearest(args.torchcompile, backends)}')
+    for dest, backend in named.items():
+        if backend not in backends:
+            raise UsageError(f'{as_given(dest, backend)}: torch has no such backend{nearest(backend, backends)}')
     if args.torchcompile == 'inductor' and args.torchcompile_mode:
         from torch._inductor import list_mode_options
         if args.torchcompile_mode not in list_mode_options():

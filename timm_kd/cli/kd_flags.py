@@ -34,7 +34,11 @@ def kd_flags() -> dict[str, list[Flag]]:
                 help='precision of the teacher; auto: bfloat16 where it is fast; amp: inside the autocast of the '
                      'student',
             ),
-            switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
+            flag(
+            '--teacher-compile', nargs='?', type=str, metavar='BACKEND', const='inductor',
+            help='compile the teacher alone with torch.compile; the backend is inductor unless named',
+        ),
+        switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
             flag(
                 '--teacher-class-map', type=str, metavar='FILE',
                 help='file with the teacher\'s index of each student class, or imagenet12k, imagenet21k, imagenet22k, '

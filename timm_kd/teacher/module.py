@@ -13,12 +13,12 @@ from timm.models import clean_state_dict, get_model_input_config
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from .adapt import InputAdapter, can_adapt_channels
 from .classmap import ClassMap, load_class_map
+from .fast import fold_batch_norms, is_convolutional, resolve_dtype
 from .flops import count_flops
 from .load import check_num_classes, load_model
-from .precision import is_convolutional, resolve_dtype
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Teacher(nn.Module):
 
     Args:
         spec: A timm name, `hf-hub:org/name`, `local-dir:PATH`, a folder, a weights file, `org/name` on the Hub; or a
-            module, which the teacher takes over: it is frozen, moved and narrowed in place.
+            module, which is frozen in place, and moved and narrowed in place if it has no batch norms to fold.
         num_classes: The student's classes. Checked, never used to rebuild a head; it sizes the model of a weights
             file that does not tell. None: not checked.
         mean: Mean the images were normalised with; None: the images are taken to be normalised for the teacher.
@@ -47,6 +47,9 @@ class Teacher(nn.Module):
         use_ema: Take the EMA weights of a checkpoint file.
         class_map: Which classes of the teacher are the student's: a file or a name, see `load_class_map`.
         class_map_missing: `error` refuses a map with classes the teacher lacks, `mask` gives them the logit -inf.
+        fold_bn: Fold batch norms into convolutions, where the logits stay the same; never under `amp`, which runs the
+            model as it is. A fingerprint is always that of the weights as loaded.
+        compile_backend: Compile the teacher for this backend of `torch.compile` when it is first asked.
 
     Attributes:
         source: The spec, as a string.
@@ -74,6 +77,8 @@ class Teacher(nn.Module):
             use_ema: bool = False,
             class_map: str | Path | None = None,
             class_map_missing: str = 'error',
+            fold_bn: bool = True,
+            compile_backend: str | None = None,
     ):
         super().__init__()
         if isinstance(spec, nn.Module):
@@ -101,12 +106,17 @@ class Teacher(nn.Module):
         self.dtype_name = dtype
         self.dtype = resolve_dtype(dtype, device or torch.device('cpu'))
         self.channels_last = is_convolutional(net)
-        self.model = net.to(
+        self.inputs = self._adapter(inner, cfg, in_chans, mean, std, img_size, device)
+        net.eval().requires_grad_(False)
+        folded = fold_batch_norms(net, self._trial_shape(inner)) if fold_bn and dtype != 'amp' else None
+        self.folded = folded is not None
+        self._loaded_hash = _hash_weights(net, self.dtype) if self.folded else None
+        self.model = (folded if self.folded else net).to(
             device=device,
             dtype=self.dtype,
             memory_format=torch.channels_last if self.channels_last else torch.preserve_format,
-        ).eval().requires_grad_(False)
-        self.inputs = self._adapter(inner, cfg, in_chans, mean, std, img_size, device)
+        )
+        self._compile_options = None if compile_backend is None else {'backend': compile_backend}
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._checked = False
         self.eval()
@@ -164,13 +174,24 @@ class Teacher(nn.Module):
             device=device,
         )
 
+    def _trial_shape(self, inner: nn.Module) -> tuple[int, int, int]:
+        """Return the shape `(C, H, W)` of an image that the model takes, no larger than need be."""
+        expects = get_model_input_config(inner)
+        size = self.inputs.size or expects['input_size'][1:]
+        return self.inputs.teacher_chans, *(s if expects['fixed_input_size'] else min(s, 128) for s in size)
+
     def train(self, mode: bool = True) -> 'Teacher':
         """Stays in eval mode, whatever the mode of what holds it."""
         return super().train(False)
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> 'Teacher':
-        """Compiles the forward, input adaptation included."""
-        self._compiled = torch.compile(self._logits, backend=backend, mode=mode, **compile_kwargs)
+        """Compile the forward, input adaptation included, when the teacher is next asked.
+
+        A teacher that was made with a `compile_backend`, or compiled before, stays as it is. Should the compiler fail,
+        the teacher runs uncompiled, with one warning.
+        """
+        if self._compile_options is None:
+            self._compile_options = {'backend': backend, 'mode': mode, **compile_kwargs}
         return self
 
     @torch.no_grad()
@@ -190,7 +211,7 @@ class Teacher(nn.Module):
         own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype_name != 'amp' else nullcontext()
         try:
             with own_precision:
-                logits = (self._compiled or self._logits)(images)
+                logits = self._logits(images) if self._compile_options is None else self._compiled_logits(images)
         except AssertionError as error:  # how timm's models refuse a size
             size = 'x'.join(map(str, images.shape[-2:]))
             raise UsageError(
@@ -199,6 +220,21 @@ class Teacher(nn.Module):
         if not self._checked:
             self._check(logits, images)  # the only host sync, once
         return logits if self.classes is None else self.classes(logits)
+
+    def _compiled_logits(self, images: torch.Tensor) -> torch.Tensor:
+        try:
+            from torch._inductor import config  # takes seconds, and a machine may lack what it needs
+            if self._compiled is None:
+                self._compiled = torch.compile(self._logits, **self._compile_options)
+            # Freezing makes the weights constants of the code that inductor generates.
+            with config.patch(freezing=True):
+                # A copy: CUDA graphs answer the next batch in the memory of this one.
+                return self._compiled(images).clone()
+        except Exception as error:
+            logits = self._logits(images)  # raises again where the model is at fault, and not the compiler
+            _logger.warning(f'Teacher {self.source} runs uncompiled, torch.compile failed: {shortened(error)}')
+            self._compile_options = None
+            return logits
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         output = self.model(self.inputs(images))
@@ -227,12 +263,8 @@ class Teacher(nn.Module):
         self._checked = True
 
     def weights_hash(self) -> str:
-        """sha256 of the weights as they are used: names, shapes, precision and values."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(clean_state_dict(self.model.state_dict()).items()):
-            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """Return the sha256 of the weights as loaded, in the precision they run in: names, shapes and values."""
+        return self._loaded_hash or _hash_weights(self.model, self.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the logits of an image, as JSON types: stored logits of an equal one can be used again."""
@@ -256,6 +288,8 @@ class Teacher(nn.Module):
             f'{self.source} ({self.model_name}): {self.num_params / 1e6:.2f} M parameters',
             None if flops is None else f'{flops / 1e9:.2f} GFLOPs at {size[0]}x{size[1]}',
             precision,
+            'batch norms folded' if self.folded else None,
+            None if self._compile_options is None else f'compiled by {self._compile_options["backend"]}',
             'channels-last' if self.channels_last else 'contiguous',
             f'images {self.inputs.describe()}',
         ]
@@ -263,6 +297,15 @@ class Teacher(nn.Module):
             lacking = f' ({self.classes.num_missing} masked)' if self.classes.num_missing else ''
             parts.append(f'{self.num_classes} classes by {self.class_map_name}{lacking}')
         return ', '.join(part for part in parts if part)
+
+
+def _hash_weights(model: nn.Module, dtype: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clean_state_dict(model.state_dict()).items()):
+        tensor = tensor.to('cpu', dtype if tensor.is_floating_point() else None).contiguous()
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _same_shape(tensors: Sequence[torch.Tensor]) -> bool:
