@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# Processes among which the test files are shared: `make test WORKERS=8` on a machine of eight cores, 0 for none.
+WORKERS ?= 2
 
 .PHONY: demo test soak lint clean
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m timm_kd.demo
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -m "not soak"
+	$(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --dist loadfile
 
 # Random kills, every precision, the oldest huggingface_hub: too long for CI.
 soak: $(VENV)/.test
