@@ -23,6 +23,7 @@ from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from timm_kd.teacher_cache.epoch_file import EpochFile, epoch_file_size
 from timm_kd.teacher_cache.fingerprint import fingerprint_dataset, fingerprint_teacher
+from timm_kd.teacher_cache.folder import read_rows
 
 NUM_CLASSES, PER_CLASS, SIZE = 10, 4, 32
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
@@ -304,11 +305,125 @@ def test_a_damaged_key_is_refused(tmp_path):
         folder(tmp_path)
 
 
+def put_in_place(kind, path, elsewhere):
+    """Replace a file by something that is none, or is a file elsewhere; returns what the others must leave alone."""
+    path.rename(elsewhere)
+    if kind == 'link':
+        path.symlink_to(elsewhere)
+    elif kind == 'dangling link':
+        elsewhere.unlink()
+        path.symlink_to(elsewhere)
+    elif kind == 'hard link':
+        os.link(elsewhere, path)
+    elif kind == 'pipe':
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
+def use_everything(path, rebuild):
+    cache = folder(path, teacher={'weights': 'abc'}, rebuild=rebuild)
+    cache.load_validation('crop')
+    cache.covers([0], lambda epoch: np.arange(100))
+    store_rows(cache)
+    cache.close()
+
+
+@pytest.mark.parametrize('rebuild', [False, True])
+@pytest.mark.parametrize('kind', ['link', 'dangling link', 'hard link', 'pipe', 'folder'])
+@pytest.mark.parametrize('name', ['key.json', 'lock', 'epoch-0000.logits', 'teacher.json', 'validation-*.npz'])
+def test_what_is_no_file_of_the_cache_is_neither_read_nor_written(tmp_path, name, kind, rebuild):
+    if kind == 'hard link' and name not in ('lock', 'epoch-0000.logits'):
+        pytest.skip('these are never written in place')
+    cache = folder(tmp_path / 'cache', teacher={'weights': 'abc'})
+    store_rows(cache)
+    cache.save_validation('crop', predictions=np.zeros(3, int), metrics='[]')
+    cache.close()
+    place, = (tmp_path / 'cache').glob(name)
+    elsewhere = tmp_path / 'elsewhere'
+    put_in_place(kind, place, elsewhere)
+    before = elsewhere.read_bytes() if elsewhere.exists() else None
+    with pytest.raises(UsageError, match=rf'{place.name} is a (link|hard link|folder)'):
+        use_everything(tmp_path / 'cache', rebuild)
+    assert (elsewhere.read_bytes() if elsewhere.exists() else None) == before
+
+
+def test_a_link_to_a_folder_is_a_cache_like_any_other(tmp_path):
+    (tmp_path / 'place').mkdir()
+    (tmp_path / 'cache').symlink_to(tmp_path / 'place')
+    use_everything(tmp_path / 'cache', rebuild=False)
+    assert (tmp_path / 'place' / 'epoch-0000.logits').is_file()
+    (tmp_path / 'nowhere').symlink_to(tmp_path / 'absent')
+    with pytest.raises(UsageError, match='nowhere: a folder is needed'):
+        folder(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize('rebuild', [False, True])
+@pytest.mark.parametrize('files', [
+    {'holiday.jpg': b''},
+    {'args.yaml': b'model: resnet18', 'summary.csv': b'epoch'},
+    {'epoch-0000.logits': b'rows without a key'},
+    {'key.json': b'{"private": 1}', 'args.yaml': b'model: resnet18'},
+])
+def test_a_folder_of_other_files_is_not_taken_for_a_cache(tmp_path, files, rebuild):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match='no teacher cache|not that of a teacher cache'):
+        folder(tmp_path, rebuild=rebuild)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != 'lock'}
+    assert kept == files
+
+
+@pytest.mark.parametrize('umask', [0o077, 0o022, 0o002])
+def test_files_of_a_cache_have_the_permissions_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        cache = folder(tmp_path / 'cache', teacher={'weights': 'abc'})
+        store_rows(cache)
+        cache.describe([], 'seed: 42')
+        cache.save_validation('crop', predictions=np.zeros(3, int), metrics='[]')
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / 'cache').iterdir()}
+    assert len(modes) == 7
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_only_names_that_a_cache_writes_are_its_epochs(tmp_path, caplog):
+    cache = folder(tmp_path)
+    store_rows(cache, epoch=12)
+    names = '99999999999999999999', '12', '00012', '-001', '0012.old', '\u0661\u0662\u0663\u0664', '1e04'
+    for name in names:
+        (tmp_path / f'epoch-{name}.logits').write_bytes(b'')
+    assert list(cache.epoch_files()) == [12]
+    assert all(f'epoch-{name}.logits is no epoch' in caplog.text for name in names)
+
+
+@pytest.mark.parametrize('rows', [
+    '', '"rows": 3', '"rows": {"by": "sample"}',
+    '"rows": {"by": "sample", "count": "9", "classes": 2, "dtype": "float16", "topk": null}',
+    '"rows": {"by": "sample", "count": 9, "classes": -2, "dtype": "float16", "topk": null}',
+    '"rows": {"by": "sample", "count": 9, "classes": 2, "dtype": "int8", "topk": null}',
+])
+def test_a_key_that_says_nothing_sensible_of_its_rows_is_damaged(tmp_path, rows):
+    (tmp_path / 'key.json').write_text(f'{{{rows}}}')
+    with pytest.raises(UsageError, match=r'key\.json is damaged'):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"format": 2', '[' * 100_000, '\x00'])
+def test_a_truncated_key_is_damaged(tmp_path, text):
+    (tmp_path / 'key.json').write_text(text)
+    with pytest.raises(UsageError, match=r'key\.json is damaged: use --teacher-cache-rebuild'):
+        folder(tmp_path)
+    folder(tmp_path, rebuild=True).close()
+
+
 def test_the_teachers_validation_is_kept_and_a_damaged_one_counts_as_absent(tmp_path):
     cache = folder(tmp_path)
     assert cache.load_validation('one crop') == {}
-    cache.save_validation('one crop', predictions=np.array([1, 2, 3]), metrics='[{"top1": 66.7}]')
-    cache.save_validation('another', predictions=np.array([3, 2, 1]), metrics='[{"top1": 33.3}]')
+    cache.save_validation('one crop', predictions=np.array([1, 2, 3]), metrics='[{"top1": 66.7, "top5": 90.0}]')
+    cache.save_validation('another', predictions=np.array([3, 2, 1]), metrics='[{"top1": 33.3, "top5": 50.0}]')
     assert cache.load_validation('one crop')['predictions'].tolist() == [1, 2, 3]
     assert cache.load_validation('another')['predictions'].tolist() == [3, 2, 1]
     for path in tmp_path.glob('validation-*.npz'):

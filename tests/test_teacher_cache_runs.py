@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from timm_kd.teacher_cache.__main__ import main as cache_main
@@ -338,3 +339,45 @@ def test_verify_finds_rows_that_the_teacher_does_not_say(filled, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         cache_main(['verify', str(folder)])
     assert stopped.value.code == 1
+
+
+def test_verify_runs_nothing_that_the_flags_in_the_folder_name(filled, tmp_path, monkeypatch):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    (tmp_path / 'planted.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")')
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = yaml.safe_load((folder / 'args.yaml').read_text())
+    flags.update(
+        device_modules=['planted'], dataset_trust_remote_code=True, log_wandb=True, log_tensorboard=True,
+        push_to_hub='someone/else', resume=str(tmp_path / 'planted.py'), initial_checkpoint=str(tmp_path / 'x'),
+        model_kwargs={'checkpoint_path': 'x'}, teacher_kwargs={'checkpoint_path': 'x'}, output=str(tmp_path / 'out'),
+        teacher_cache_rebuild=True, teacher_cache=str(tmp_path / 'other'), config='x', workers=10 ** 6,
+    )
+    (folder / 'args.yaml').write_text(yaml.safe_dump(flags))
+    cache_main(['verify', str(folder)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['cache', 'planted.py']
+
+
+@pytest.mark.parametrize('content', ['', '[1]', 'a: [', '!!python/object/apply:os.getcwd []', '\x00'])
+def test_verify_says_that_the_flags_in_the_folder_are_damaged(filled, tmp_path, content, capsys):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    (folder / 'args.yaml').write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['verify', str(folder)])
+    assert stopped.value.code == 2 and f'{folder}/args.yaml' in capsys.readouterr().err
+
+
+def test_verify_reads_no_flags_through_a_link(filled, tmp_path, capsys):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    (folder / 'args.yaml').rename(tmp_path / 'args.yaml')
+    (folder / 'args.yaml').symlink_to(tmp_path / 'args.yaml')
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['verify', str(folder)])
+    assert stopped.value.code == 2 and 'args.yaml is a link' in capsys.readouterr().err
+
+
+def test_info_and_verify_leave_a_file_of_an_odd_name_alone(filled, tmp_path, capsys):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    (folder / 'epoch-99999999999999999999.logits').write_bytes(b'')
+    for command in ('info', 'verify'):
+        cache_main([command, str(folder)])
+    assert 'epoch-0001.logits  ' in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """Files: written whole or not at all, and weights read without running code that may be in them."""
 import argparse
+import errno
 import os
 import pickle
 import re
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,37 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def open_regular(path: str | Path, flags: int) -> int:
+    """Open a file of a folder that others can write to, without following where they may have led it.
+
+    Args:
+        path: The file. Its folder may be a symbolic link, the file itself not.
+        flags: Those of `os.open`. A file that `os.O_CREAT` makes has the permissions that the umask leaves.
+
+    Returns:
+        The file descriptor.
+
+    Raises:
+        UsageError: In its place is a link, a folder, a pipe or a device; or, where it is to be written, a file that has
+            a second name elsewhere (a hard link).
+        OSError: As from `os.open`.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # non-blocking: a pipe would wait for a writer
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise UsageError(f'{path} is a link, a folder or a socket where a file belongs: remove it.') from error
+        raise
+    status = os.fstat(fd)
+    linked = status.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR)
+    if stat.S_ISREG(status.st_mode) and not linked:
+        return fd
+    os.close(fd)
+    if linked:
+        raise UsageError(f'{path} is a hard link, writing would change a file elsewhere too: put a copy in its place.')
+    raise UsageError(f'{path} is a folder, a pipe or a device where a file belongs: remove it.')
 
 
 def load_file(path: str | Path, flag: str, mmap: bool = False) -> Any:

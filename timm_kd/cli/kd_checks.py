@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..losses import KD_LOSSES, create_kd_loss
-from ..teacher_cache.teacher_record import MEMBERS_FILE
+from ..teacher_cache.folder import MEMBERS_FILE
 from .kd_flags import KDSettings, knob_dests, resolve_kd
 from .messages import as_given, task_loss_flags
 

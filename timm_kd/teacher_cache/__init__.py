@@ -4,7 +4,7 @@ With replayable data (`timm_kd.replay`) the pixels of a row follow from its numb
 rows mix or share draws the number is the row's position in the epoch, else the index of the sample.
 """
 from .cached_teacher import CachedTeacher
+from .folder import CacheFolder
 from .layout import RowLayout
-from .store import CacheFolder
 
 __all__ = ['CacheFolder', 'CachedTeacher', 'RowLayout']

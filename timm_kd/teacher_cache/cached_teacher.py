@@ -1,6 +1,7 @@
 """A teacher that remembers: stored logits where there are any, else the live teacher's, which are stored."""
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from ..replay import ReplayBatchSampler
 from .epoch_file import EpochFile
+from .folder import CacheFolder, DiskFull
 from .layout import RowLayout
-from .store import CacheFolder, DiskFull
 
 _logger = logging.getLogger(__name__)
 
@@ -160,7 +161,8 @@ class CachedTeacher(nn.Module):
             with self._full_disk():
                 self._file = self.folder.open_epoch(epoch)
         path = self.folder.epoch_path(epoch)
-        if self._file is None and path.exists() and path.stat().st_size:  # empty where there was no room to make it
+        # The file is empty where there was no room to make it.
+        if self._file is None and os.path.lexists(path) and path.lstat().st_size:
             self._file = self.folder.open_epoch(epoch, writable=False)
 
     def flush(self) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
+from ..files import open_regular
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class EpochFile:
         checksums: CRC-32 of the rows, `[N]` uint32, 0 where absent; live while the file is writable.
 
     Raises:
-        UsageError: The file has another size, so it was cut short or holds other rows.
+        UsageError: The file has another size, so it was cut short or holds other rows; or it is no regular file.
         OSError: The disk is full, or the file cannot be opened.
     """
 
@@ -58,7 +59,7 @@ class EpochFile:
         self.path = path
         self.row_bytes = row_bytes
         self.writable = writable
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o666)
+        self._fd = open_regular(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
         try:
             self._allocate(epoch_file_size(num_rows, row_bytes), head=_PAGE + _pages(4 * num_rows))
         except BaseException:

@@ -1,14 +1,21 @@
 """What a cache was filled for: everything that decides the pixels or the logits, field by field."""
 import json
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import UsageError
+from ..files import open_regular
 
 Key = dict[str, Any]
 _MAX_SHOWN = 5
+
+
+class OtherKey(UsageError):
+    """A cache was filled for another key, or its key is damaged: only clearing it makes room for this one."""
 
 
 def claim_key(path: Path, key: Key) -> None:
@@ -19,10 +26,10 @@ def claim_key(path: Path, key: Key) -> None:
         key: Nested dict of JSON types; tuples count as lists.
 
     Raises:
-        UsageError: The cache was filled for another key, or its file is no key.
+        OtherKey: The cache was filled for another key, or its file is damaged.
     """
     key = json.loads(json.dumps(key))
-    if not path.exists():
+    if not os.path.lexists(path):
         write_new(path, json.dumps(key, indent=2))
     check_key(read_key(path), key, path.parent)
 
@@ -31,18 +38,22 @@ def read_key(path: Path) -> Key:
     """Read a cache's key.
 
     Raises:
-        UsageError: There is none, or the file is damaged.
+        UsageError: There is none, or it cannot be read.
+        OtherKey: The file is damaged.
     """
     try:
-        key = json.loads(path.read_text())
+        with open(open_regular(path, os.O_RDONLY), encoding='utf-8') as file:
+            key = json.load(file)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f'--teacher-cache {path.parent}: no {path.name} in it, so it is no teacher cache.') from None
     except OSError as error:
         raise UsageError(f'--teacher-cache {path.parent}: {path.name}: {error.strerror}.') from error
-    except ValueError:
+    except UsageError:
+        raise
+    except (ValueError, RecursionError):
         key = None
     if not isinstance(key, dict):
-        raise UsageError(f'--teacher-cache {path.parent}: {path.name} is damaged: use --teacher-cache-rebuild.')
+        raise OtherKey(f'--teacher-cache {path.parent}: {path.name} is damaged: use --teacher-cache-rebuild.')
     return key
 
 
@@ -50,7 +61,7 @@ def check_key(stored: Key, wanted: Key, folder: Path) -> None:
     """Compare the key of a cache with a run's, both of JSON types.
 
     Raises:
-        UsageError: They differ; the message names fields, both values and the way out.
+        OtherKey: They differ; the message names fields, both values and the way out.
     """
     stored, wanted = _flatten(stored), _flatten(wanted)
     absent = object()
@@ -61,7 +72,7 @@ def check_key(stored: Key, wanted: Key, folder: Path) -> None:
         f'{name} was {_show(stored, name)}, is now {_show(wanted, name)}' for name in fields[:_MAX_SHOWN]
     )
     more = f' (and {len(fields) - _MAX_SHOWN} more)' if len(fields) > _MAX_SHOWN else ''
-    raise UsageError(
+    raise OtherKey(
         f'--teacher-cache {folder} holds the logits of other images or another teacher: {shown}{more}. Give this run '
         'the old settings, use another folder, or fill this one anew with --teacher-cache-rebuild.'
     )
@@ -83,14 +94,19 @@ def _flatten(value: Any, prefix: str = '') -> dict[str, Any]:
 
 def write_new(path: Path, text: str) -> None:
     """Write a file that is whole from the moment it is there, unless there is one already."""
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, prefix=f'.{path.name}-', delete=False) as file:
-        file.write(text.rstrip('\n') + '\n')
+    with temporary_file(path.parent) as file, suppress(FileExistsError):
+        file.write(text.rstrip('\n').encode() + b'\n')
         file.flush()
         os.fsync(file.fileno())
-    try:
-        os.chmod(file.name, 0o644)
         os.link(file.name, path)
-    except FileExistsError:
-        pass
+
+
+@contextmanager
+def temporary_file(folder: Path) -> Iterator[IO[bytes]]:
+    """Open a file under a name that nobody can guess; it is removed at the end, unless it was renamed."""
+    path = folder / f'.new-{secrets.token_hex(8)}'
+    try:
+        with open(path, 'xb') as file:
+            yield file
     finally:
-        os.unlink(file.name)
+        path.unlink(missing_ok=True)

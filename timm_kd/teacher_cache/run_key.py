@@ -15,13 +15,10 @@ from ..data import DataConfig, TrainData
 from ..errors import UsageError
 from ..setup import augmentation_settings, image_mode
 from .fingerprint import fingerprint_dataset, fingerprint_teacher, hash_file
+from .folder import KEY_FILE, read_members
 from .key import Key, read_key
-from .store import KEY_FILE
-from .teacher_record import read_members
 
 _logger = logging.getLogger(__name__)
-
-_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,6 @@ def cache_key(
     """Collect everything that decides the pixels a row stands for, or the logits of those pixels."""
     on_device = args.reprob > 0 and not args.no_aug and not args.no_prefetcher
     key = {
-        'format': _FORMAT,
         'versions': {name: version(name).split('+')[0] for name in ('timm', 'torchvision', 'pillow')},
         'seed': args.seed,
         'dataset': fingerprint_dataset(data.dataset),

@@ -16,11 +16,10 @@ from ..cli import KDSettings
 from ..data import DataConfig, TrainData
 from ..errors import UsageError
 from .cached_teacher import CachedTeacher, on_all_ranks
+from .folder import CacheFolder, read_members
 from .key import Key
 from .layout import RowLayout
 from .run_key import cache_key, rows_of, validation_key
-from .store import CacheFolder
-from .teacher_record import read_members
 
 _logger = logging.getLogger(__name__)
 

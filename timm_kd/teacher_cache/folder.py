@@ -1,9 +1,23 @@
-"""The folder of a cache: its key, its lock, a file for each epoch, and the teacher's validations."""
+"""The folder of a cache: its key, its lock, a file for each epoch, and what is known of the teacher.
+
+    key.json            what decides the logits; it is the first file written and the last one cleared
+    lock                shared by the runs that use the folder, exclusive while it is cleared
+    epoch-0000.logits   the rows of an epoch (see `epoch_file`)
+    teacher.json        what the live teacher said of itself, its weights among it
+    members.json        the names of the single teachers, for a run that loads none
+    validation-*.npz    how the teacher did in validation, for each crop and filter
+    args.yaml           the flags that `verify` makes the run again with
+
+Others may have write access to the folder, so no file in it is a link: none is read or written through one.
+"""
 import errno
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,21 +25,18 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from ..files import open_regular
 from .epoch_file import EpochFile, epoch_file_size
-from .key import Key, claim_key, write_new
-from .teacher_record import (
-    MEMBERS_FILE,
-    TEACHER_FILE,
-    VALIDATION_FILES,
-    read_validation,
-    validation_path,
-)
+from .key import Key, OtherKey, claim_key, read_key, temporary_file, write_new
+from .layout import RowLayout
 
 _logger = logging.getLogger(__name__)
 
-KEY_FILE, LOCK_FILE, ARGS_FILE, EPOCH_FILES = 'key.json', 'lock', 'args.yaml', 'epoch-*.logits'
-# The key goes last: a folder with a key never holds another key's rows, whenever clearing it is interrupted.
-_CLEARED = EPOCH_FILES, VALIDATION_FILES, TEACHER_FILE, MEMBERS_FILE, ARGS_FILE, KEY_FILE
+FORMAT = 2
+KEY_FILE, LOCK_FILE, TEACHER_FILE, MEMBERS_FILE, ARGS_FILE = \
+    'key.json', 'lock', 'teacher.json', 'members.json', 'args.yaml'
+VALIDATION_FILES = 'validation-*.npz'
+_MEMBER = {'source', 'model_name', 'num_params'}
 _READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
@@ -52,7 +63,8 @@ class CacheFolder:
         writable: Whether rows can be added.
 
     Raises:
-        UsageError: The folder holds rows of another key, cannot be made, or is in use while it is to be cleared.
+        UsageError: The folder holds rows of another key or files of another kind, cannot be made, or is in use while it
+            is to be cleared.
     """
 
     def __init__(
@@ -70,33 +82,66 @@ class CacheFolder:
         self._lock = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_new()
             # A file object: the lock of a run that fails goes with the last reference to it.
-            self._lock = open(self.path / LOCK_FILE, 'a')
+            self._lock = open(open_regular(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT), 'rb+')
         except OSError as error:
             if error.errno not in _READ_ONLY or not os.path.isdir(self.path):  # Path.is_dir raises in a closed folder
-                reason = 'a folder is needed' if os.path.isfile(self.path) else error.strerror
+                reason = 'a folder is needed' if isinstance(error, FileExistsError) else error.strerror
                 raise UsageError(f'--teacher-cache {path}: {reason}.') from error
         self.writable = self._lock is not None
-        self._share()
         try:
-            self._claim(key, teacher, rebuild)
+            self._share()
+            self._claim({'format': FORMAT, **key}, teacher, rebuild)
+        except OSError as error:
+            self.close()
+            raise self._explain(error) from error
         except BaseException:
             self.close()
             raise
 
+    def _check_new(self) -> None:
+        """Refuse a folder without a key that holds anything: it is no cache, and as one it might be cleared."""
+        others = sorted(name for name in os.listdir(self.path) if name != LOCK_FILE and not name.startswith('.new-'))
+        if others and not os.path.lexists(self.path / KEY_FILE):
+            raise UsageError(
+                f'--teacher-cache {self.path} holds {others[0]} and no {KEY_FILE}, so it is no teacher cache: give a '
+                'new or an empty folder.'
+            )
+
+    def _share(self) -> None:
+        if self.writable:
+            import fcntl  # not on Windows, where only this feature is missed
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f'--teacher-cache {self.path} is being rebuilt by another run: wait for it.') from None
+
     def _claim(self, key: Key, teacher: Key | None, rebuild: bool) -> None:
-        if not self.writable and not (self.path / KEY_FILE).exists():
+        path = self.path / KEY_FILE
+        if not self.writable and not os.path.lexists(path):
             raise UsageError(f'--teacher-cache {self.path} is empty and cannot be written: use another folder.')
+        if os.path.lexists(path):
+            self._check_format(path, damaged_is_ours=rebuild)
         try:
             self._claim_both(key, teacher)
-        except UsageError:
+        except OtherKey:
             # A run that was refused before its first row leaves a key, and no reason to keep it.
-            if not rebuild and any(self.path.glob(EPOCH_FILES)):
+            if not rebuild and self.epoch_files():
                 raise
             self._clear()
             self._claim_both(key, teacher)
-        except OSError as error:
-            raise self._explain(error) from error
+
+    @staticmethod
+    def _check_format(path: Path, damaged_is_ours: bool) -> None:
+        try:
+            stored = read_key(path)
+        except OtherKey:
+            if damaged_is_ours:
+                return
+            raise
+        if 'format' not in stored:
+            raise UsageError(f'--teacher-cache {path.parent}: its {path.name} is not that of a teacher cache.')
 
     def _claim_both(self, key: Key, teacher: Key | None) -> None:
         claim_key(self.path / KEY_FILE, key)
@@ -107,9 +152,9 @@ class CacheFolder:
         """Write down what the live teacher says of itself, or check that it is the one that filled the cache.
 
         Raises:
-            UsageError: It is another one.
+            OtherKey: It is another one.
         """
-        if self.writable or (self.path / TEACHER_FILE).exists():
+        if self.writable or os.path.lexists(self.path / TEACHER_FILE):
             claim_key(self.path / TEACHER_FILE, {'teacher': teacher})
 
     def describe(self, members: list[dict[str, Any]], args_text: str) -> None:
@@ -118,32 +163,23 @@ class CacheFolder:
             write_new(self.path / MEMBERS_FILE, json.dumps({'members': members}, indent=2))
             write_new(self.path / ARGS_FILE, args_text)
 
-    def _share(self) -> None:
-        import fcntl  # not on Windows, where only this feature is missed
-
-        if self.writable:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.close()
-                raise UsageError(f'--teacher-cache {self.path} is being rebuilt by another run: wait for it.') from None
-
     def _clear(self) -> None:
-        import fcntl
-
         if not self.writable:
             raise UsageError(f'--teacher-cache {self.path} cannot be written: use another folder.')
+        import fcntl
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
                 f'--teacher-cache {self.path} has to be cleared, and another run is using it: wait for its end.'
             ) from None
-        if any(self.path.glob(EPOCH_FILES)):
+        epochs = self.epoch_files().values()
+        if epochs:
             _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
-        for pattern in _CLEARED:
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+        # The key goes last: a folder with a key never holds another key's rows, whenever clearing it is interrupted.
+        others = (self.path / name for name in (TEACHER_FILE, MEMBERS_FILE, ARGS_FILE, KEY_FILE))
+        for path in (*epochs, *self.path.glob(VALIDATION_FILES), *others):
+            path.unlink(missing_ok=True)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
@@ -152,8 +188,12 @@ class CacheFolder:
             self._lock.close()
             self._lock = None
 
+    def epoch_files(self) -> dict[int, Path]:
+        """Return the files of the epochs that are there."""
+        return epoch_files(self.path)
+
     def epoch_path(self, epoch: int) -> Path:
-        return self.path / f'epoch-{epoch:04d}.logits'
+        return self.path / _epoch_name(epoch)
 
     def open_epoch(self, epoch: int, writable: bool = True) -> EpochFile:
         """Open an epoch's file.
@@ -204,7 +244,7 @@ class CacheFolder:
             needed_rows: Gives the row numbers needed of an epoch; asked only while all before are present.
         """
         for epoch in epochs:
-            if not self.epoch_path(epoch).exists():
+            if not os.path.lexists(self.epoch_path(epoch)):
                 return False
             file = self.open_epoch(epoch)
             try:
@@ -227,9 +267,9 @@ class CacheFolder:
             )
         size = epoch_file_size(self.num_rows, self.row_bytes)
         epochs = list(epochs)
-        stored = [self.epoch_path(epoch) for epoch in epochs if self.epoch_path(epoch).exists()]
+        stored = [path for epoch, path in self.epoch_files().items() if epoch in epochs]
         # Files have holes where rows are absent: blocks count, not lengths.
-        missing = size * len(epochs) - sum(min(size, path.stat().st_blocks * 512) for path in stored)
+        missing = size * len(epochs) - sum(min(size, path.lstat().st_blocks * 512) for path in stored)
         free = shutil.disk_usage(self.path).free
         _logger.info(
             f'Teacher cache {self.path}: {len(epochs)} epochs of {self.num_rows} rows, {format_bytes(size)} each, '
@@ -244,22 +284,94 @@ class CacheFolder:
 
     def load_validation(self, key: str) -> dict[str, np.ndarray]:
         """Return the arrays of the teacher's validation under a key, or an empty dict."""
-        stored = read_validation(validation_path(self.path, key))
+        stored = read_validation(_validation_path(self.path, key))
         return stored if str(stored.get('key')) == key else {}
 
     def save_validation(self, key: str, **arrays: Any) -> None:
         """Store the arrays of the teacher's validation under a key; nothing where it cannot be written."""
         if not self.writable:
             return
-        path = validation_path(self.path, key)
-        temporary = path.with_name(f'.{path.stem}-{os.getpid()}.npz')
         try:
-            np.savez(temporary, key=key, **arrays)
-            os.replace(temporary, path)
+            with temporary_file(self.path) as file:
+                np.savez(file, key=key, **arrays)
+                file.flush()
+                os.replace(file.name, _validation_path(self.path, key))
         except OSError as error:
             raise self._explain(error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+def epoch_files(folder: Path) -> dict[int, Path]:
+    """Return the files of a cache's epochs, by epoch; a file whose name is nearly one of them is named in a warning."""
+    found = {}
+    for path in sorted(folder.glob('epoch-*.logits')):
+        match = re.fullmatch(r'epoch-([0-9]{4,9})\.logits', path.name)
+        if match and path.name == _epoch_name(int(match[1])):
+            found[int(match[1])] = path
+        else:
+            _logger.warning(f'{path} is no epoch of a teacher cache and is left alone.')
+    return found
+
+
+def _epoch_name(epoch: int) -> str:
+    return f'epoch-{epoch:04d}.logits'
+
+
+def read_rows(folder: Path) -> tuple[dict[str, Any], RowLayout]:
+    """Return what a cache's key says of its rows, and their layout.
+
+    Raises:
+        UsageError: The folder is no cache, or its key is damaged.
+    """
+    rows = read_key(folder / KEY_FILE).get('rows')
+    try:
+        sizes = rows['count'], rows['classes'], rows['topk'] or 1
+        if all(type(size) is int and size > 0 for size in sizes) and rows['by'] in ('position', 'sample'):
+            return rows, RowLayout(rows['classes'], rows['dtype'], rows['topk'])
+    except (LookupError, TypeError):
+        pass
+    raise OtherKey(f'{folder / KEY_FILE} is damaged: fill the folder anew with --teacher-cache-rebuild.')
+
+
+def read_members(folder: Path) -> list[dict[str, Any]] | None:
+    """Return what a cache knows of its teacher's members; None where no teacher has been there yet.
+
+    Raises:
+        UsageError: The file is damaged.
+    """
+    path = folder / MEMBERS_FILE
+    if not os.path.lexists(path):
+        return None
+    members = read_key(path).get('members')
+    if not isinstance(members, list) or not all(isinstance(m, dict) and _MEMBER <= m.keys() for m in members):
+        raise UsageError(f'{path} is damaged: delete it, the next run with the teacher writes it again.')
+    return members
+
+
+def read_validation(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a validation file; an empty dict where it is absent or damaged.
+
+    Raises:
+        UsageError: It is a link, or no file.
+    """
+    try:
+        with open(open_regular(path, os.O_RDONLY), 'rb') as file, np.load(file) as stored:  # allow_pickle is off
+            arrays = dict(stored)
+        metrics = json.loads(str(arrays['metrics']))
+        if arrays['predictions'].ndim == 1 and all({'top1', 'top5'} <= member.keys() for member in metrics):
+            return arrays
+    except FileNotFoundError:
+        return {}
+    except UsageError:
+        raise
+    except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile):
+        pass
+    _logger.warning(f'{path} is damaged and counts as absent.')
+    return {}
+
+
+def _validation_path(folder: Path, key: str) -> Path:
+    """Return the file of the validation under a key: students with another crop or filter have one of their own."""
+    return folder / VALIDATION_FILES.replace('*', hashlib.sha256(key.encode()).hexdigest()[:12])
 
 
 def format_bytes(num_bytes: float) -> str:
