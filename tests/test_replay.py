@@ -11,7 +11,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from timm_kd.errors import UsageError
-from timm_kd.replay import ReplayMixup, make_replayable
+from timm_kd.replay import BatchKey, ReplayMixup, make_replayable
 from timm_kd.replay.batches import ShuffledSampler
 
 NUM_CLASSES, PER_CLASS, SIZE = 4, 9, 16
@@ -107,7 +107,7 @@ def test_batches_do_not_depend_on_workers_their_age_or_the_process_wide_streams(
 def test_mixup_of_the_training_loop_depends_on_the_batch_alone(image_folder):
     def run(workers):
         loader = build(image_folder, workers=workers, use_prefetcher=False)
-        mixup_fn = ReplayMixup(mixup_of('elem', Mixup), loader)
+        mixup_fn = ReplayMixup(mixup_of('elem', Mixup), loader.batch_sampler)
         loader.batch_sampler.set_epoch(4)
         return [mixup_fn(x, y) for x, y in loader]
 
@@ -155,6 +155,13 @@ def test_without_mixup_a_sample_has_the_same_pixels_in_any_batch_size(image_fold
     by_four = read(build(image_folder, batch_size=4, **settings))
     by_twelve = read(build(image_folder, batch_size=12, **settings))
     assert torch.equal(torch.cat([x for x, _ in by_four]), torch.cat([x for x, _ in by_twelve]))
+
+
+def test_another_epoch_gives_other_pixels_to_the_same_sample(image_folder):
+    dataset = build(image_folder).loader.dataset
+    keys = [BatchKey(epoch, first=0, stride=1, samples=[5, 7], mixup_enabled=False) for epoch in (0, 1)]
+    for first, second in zip(*(dataset.__getitems__(key) for key in keys), strict=True):
+        assert not np.array_equal(first[0], second[0])
 
 
 def test_another_seed_gives_another_order_and_other_pixels(image_folder):

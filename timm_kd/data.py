@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
 from .errors import UsageError, few, shortened
-from .replay import ReplayMixup, make_replayable
+from .replay import ReplayBatchSampler, ReplayMixup, make_replayable
 
 _logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class TrainData:
         batch_sampler = getattr(self.loader, 'batch_sampler', None)
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
-        elif hasattr(batch_sampler, 'issued'):  # a replayable one
+        elif isinstance(batch_sampler, ReplayBatchSampler):
             batch_sampler.set_epoch(epoch, first_batch)
         else:
             for sampler in (batch_sampler, self.loader.sampler):
@@ -197,7 +197,7 @@ def create_train_data(
     if replay_seed is not None:
         loader = make_replayable(loader, seed=replay_seed, num_epochs=replay_epochs)
         if mixup_fn is not None:
-            mixup_fn = ReplayMixup(mixup_fn, loader)
+            mixup_fn = ReplayMixup(mixup_fn, loader.batch_sampler)
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:
         raise UsageError(
             f'--batch-size {options["batch_size"]}: the {len(dataset)} training images do not fill one batch, and timm '

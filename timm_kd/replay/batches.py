@@ -45,6 +45,12 @@ class ReplayBatchSampler:
         seed: Seed of the run, the same on every rank.
         collate_fn: Collation of the loader; if it mixes, its `mixup_enabled` at the start of an epoch holds for it.
         num_epochs: Distinct epochs, after which the first comes again; None: all are distinct.
+
+    Attributes:
+        epoch: The epoch chosen last, the first of those that are the same.
+        start_batch: The first batch of it that is yielded.
+        num_passes: How many iterations have begun.
+        delivered: Key of the batch that the loader handed out last.
     """
 
     def __init__(
@@ -61,7 +67,9 @@ class ReplayBatchSampler:
         self.rank = batches.sampler.rank
         self.world_size = batches.sampler.num_replicas
         self.num_repeats = math.ceil(getattr(batches.sampler, 'num_repeats', 1))
-        self.issued: deque[BatchKey] = deque()
+        self.delivered: BatchKey | None = None
+        self.num_passes = 0
+        self._issued: deque[BatchKey] = deque()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -79,7 +87,8 @@ class ReplayBatchSampler:
         self.batches.sampler.set_epoch(derive_seed(self.seed, ORDER, epoch) >> 1)
 
     def __iter__(self) -> Iterator[BatchKey]:
-        issued = self.issued = deque()
+        issued = self._issued = deque()
+        self.num_passes += 1
         epoch, start_batch = self.epoch, self.start_batch
         mixup_enabled = getattr(self.collate_fn, 'mixup_enabled', False)
         num_seen = 0
@@ -92,6 +101,10 @@ class ReplayBatchSampler:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def deliver(self) -> None:
+        """Note that the loader hands out the next of the batches that it was given: loaders read ahead."""
+        self.delivered = self._issued.popleft()
 
     def rows(self, batch: int, num_batches: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Tell which rows batches of the epoch set last hold, without loading them.

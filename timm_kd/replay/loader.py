@@ -10,19 +10,16 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..errors import UsageError
-from .batches import BatchKey, ReplayBatchSampler, ShuffledSampler
+from .batches import ReplayBatchSampler, ShuffledSampler
 from .transforms import ReplayCollateMixup, ReplayDataset, ReplayErasing
 
 
 class ReplayLoader(DataLoader):
-    """A `DataLoader` that says which batch it hands out: `key` is that of the batch yielded last."""
-
-    key: BatchKey
+    """A `DataLoader` that tells its batch sampler which batch it hands out."""
 
     def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
-        for batch in batches:
-            self.key = self.batch_sampler.issued.popleft()
+        for batch in super().__iter__():
+            self.batch_sampler.deliver()
             yield batch
 
 
@@ -59,7 +56,7 @@ def make_replayable(
         return replay
     loader.loader = replay
     if loader.random_erasing is not None:
-        loader.random_erasing = ReplayErasing(loader.random_erasing, replay)
+        loader.random_erasing = ReplayErasing(loader.random_erasing, replay.batch_sampler)
     return loader
 
 

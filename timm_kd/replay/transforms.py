@@ -1,5 +1,6 @@
 """Augmentation, Mixup and random erasing, all of them timm's, under the key of their batch."""
-from typing import TYPE_CHECKING, Any
+import random
+from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup
@@ -7,11 +8,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, get_worker_info
 
 from ..errors import UsageError
-from .batches import BatchKey
-from .draws import ERASING, MIXUP, SAMPLE, derive_seed, preserved_generators, seed_generators
-
-if TYPE_CHECKING:
-    from .loader import ReplayLoader
+from .batches import BatchKey, ReplayBatchSampler
+from .draws import ERASING, MIXUP, SAMPLE, derive_seed, preserved_generators, seed_generators, seeds_under
 
 
 class Samples(list):
@@ -69,35 +67,39 @@ class ReplayMixup(Mixup):
 
     Args:
         mixup: The `Mixup` whose settings to take.
-        loader: The replayable loader; each of its batches is mixed before the next is asked for.
+        batch_sampler: That of the replayable loader; each batch is mixed before the loader is asked for the next.
     """
 
-    def __init__(self, mixup: Mixup, loader: 'ReplayLoader') -> None:
-        vars(self).update(vars(mixup), loader=loader)
+    def __init__(self, mixup: Mixup, batch_sampler: ReplayBatchSampler) -> None:
+        vars(self).update(vars(mixup), batch_sampler=batch_sampler)
 
     def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key = self.loader.key
+        key = self.batch_sampler.delivered
         with preserved_generators():
-            seed_generators(derive_seed(self.loader.batch_sampler.seed, MIXUP, key.epoch, key.first))
+            seed_generators(derive_seed(self.batch_sampler.seed, MIXUP, key.epoch, key.first))
             return super().__call__(x, target)
 
 
 class ReplayErasing(RandomErasing):
     """timm's `RandomErasing` on the device, row by row under the key of the batch that the loader handed out last."""
 
-    def __init__(self, erasing: RandomErasing, loader: 'ReplayLoader') -> None:
-        vars(self).update(vars(erasing), loader=loader, generator=_device_generator(erasing))
+    def __init__(self, erasing: RandomErasing, batch_sampler: ReplayBatchSampler) -> None:
+        vars(self).update(vars(erasing), batch_sampler=batch_sampler, generator=_device_generator(erasing))
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        key = self.loader.key
+        key = self.batch_sampler.delivered
         num_samples = len(key.samples)
         first_row = len(input) // self.num_splits if self.num_splits > 1 else 0
+        row_seed = seeds_under(self.batch_sampler.seed, ERASING, key.epoch)
         with preserved_generators(self.generator):
             for row in range(first_row, len(input)):
                 split, sample = divmod(row, num_samples)
-                seed = derive_seed(self.loader.batch_sampler.seed, ERASING, key.epoch, key.position(sample), split)
-                seed_generators(seed, self.generator)
-                super().__call__(input[row])
+                seed = row_seed(key.position(sample), split)
+                # Python's stream alone decides whether a row is erased; most rows are not, and need no other.
+                random.seed(seed)
+                if random.random() <= self.probability:
+                    seed_generators(seed, self.generator)
+                    super().__call__(input[row])
         return input
 
 
