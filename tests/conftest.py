@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import Run, read_digits, run_script
 from PIL import Image
-from script import Run, run_script
-from sklearn.datasets import load_digits
 from timm.models import save_for_hf
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -18,8 +17,8 @@ TRAIN_IMAGES, VALIDATION_IMAGES = 16, 10  # of each class
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageFolder of real digits, 32x32 PNGs: `train/<class>` with 16 images each, `validation/<class>` with 10."""
     root = tmp_path_factory.mktemp('data') / 'digits'
-    images, classes = load_digits(return_X_y=True)
-    pixels = (images.reshape(-1, 8, 8) / 16 * 255).astype('uint8')
+    images, classes = read_digits()
+    pixels = (images[:, 0] * 255).byte().numpy()
     for label in range(10):
         own = pixels[classes == label]
         for split, first, count in (('train', 0, TRAIN_IMAGES), ('validation', TRAIN_IMAGES, VALIDATION_IMAGES)):
@@ -38,14 +37,13 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its normalisation is not that of the students (timm's test models have mean and std 0.5).
     """
     mean, std = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
-    images, classes = load_digits(return_X_y=True)
-    target = torch.tensor(classes)
+    images, target = read_digits()
     held_out = slice(TRAIN_IMAGES, TRAIN_IMAGES + VALIDATION_IMAGES)
     seen = torch.ones(len(target), dtype=torch.bool)
     for label in range(10):
         seen[target.eq(label).nonzero()[held_out, 0]] = False
-    small = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)[seen]
-    inputs = (interpolate(small, (32, 32), mode='bicubic').clamp(0, 1).repeat(1, 3, 1, 1) - mean[0]) / std[0]
+    large = interpolate(images[seen], (32, 32), mode='bicubic').clamp(0, 1)
+    inputs = (large.repeat(1, 3, 1, 1) - mean[0]) / std[0]
     target = target[seen]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,5 +1,4 @@
 """What the script answers to input that cannot work: one line that names the flag and its value, and exit code 2."""
-import os
 import pickle
 import shlex
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import RunsCode
 
 from timm_kd.train import main
 
@@ -151,16 +151,6 @@ REFUSED = {
     'no such device': ('--device cuda:99', '--device cuda:99'),
     'output that cannot be': ('--output {bad}/text.pth', '--output {bad}/text.pth'),
 }
-
-
-class RunsCode:
-    """Unpickles by calling `os.system`, which leaves a file behind."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f'touch {shlex.quote(str(self.marker))}',)
 
 
 @pytest.fixture(scope='session')

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import RunsCode
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
@@ -108,14 +109,6 @@ def test_run_state_is_read_with_weights_only(tmp_path):
     saver = make_saver(tmp_path)
     saver.save_checkpoint(0, 1.0)
     assert run_state_of(read_checkpoint(tmp_path / 'last.pth.tar'))['run_id'] == 'a'
-
-
-class RunsCode:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):

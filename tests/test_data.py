@@ -1,14 +1,13 @@
 """The splits of a data set agree on their classes and share no image; files that cannot be read are named."""
 import os
 import pickle
-import shlex
 import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
+from helpers import RunsCode, run_script
 from PIL import Image
-from script import run_script
 from timm.data import create_dataset
 
 from timm_kd.data import class_names, create_datasets
@@ -147,16 +146,6 @@ def test_classes_merged_by_a_class_map_have_no_list_of_names(root, tmp_path):
     datasets = create_datasets(str(root), num_classes=2, class_map=str(tmp_path / 'parity.pkl'))
     assert {target for dataset in datasets for _, target in dataset} == {0, 1}
     assert class_names(datasets[0]) is None
-
-
-class RunsCode:
-    """Unpickles by calling `os.system`, which leaves a file behind."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f'touch {shlex.quote(str(self.marker))}',)
 
 
 def test_class_map_that_runs_code_is_refused_unrun(root, tmp_path):

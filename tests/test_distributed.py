@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from processes import run_on_ranks
+from helpers import run_on_ranks
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch import nn
 

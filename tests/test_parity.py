@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import Process
 from PIL import Image
-from processes import Run
 from sklearn.datasets import load_digits
 
 from timm_kd import train
@@ -51,7 +51,7 @@ def test_run_without_teacher_gives_the_figures_of_timms_script(case, all_digits,
         str(all_digits), '--num-classes', '10', '--img-size', '32', '--device', 'cpu', '--output', str(tmp_path),
         '--experiment', case, *command_line(PARITY['cases'][case]['args']),
     ]
-    run = Run(train.main, (args,), tmp_path / 'printed', dict(OMP_NUM_THREADS='1'))
+    run = Process(train.main, (args,), tmp_path / 'printed', dict(OMP_NUM_THREADS='1'))
     assert run.wait() == 0, run.stderr
     with open(tmp_path / case / 'summary.csv', newline='') as file:
         rows = list(csv.DictReader(file))

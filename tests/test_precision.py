@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Run
+from helpers import Process
 
 from timm_kd import train
 from timm_kd.losses import KD_LOSSES
@@ -37,7 +37,7 @@ def losses_of(digits: Path, teacher: Path, output: Path, loss: str, options: lis
         '3', '--batch-size', '32', '--lr', '1e-12', '--warmup-epochs', '0', '--workers', '0', '--no-aug', '--kd-loss',
         loss, *teaching, *options, '--output', str(output), '--experiment', 'run',
     ]
-    run = Run(train_logging_recompiles, (args,), output / 'printed')
+    run = Process(train_logging_recompiles, (args,), output / 'printed')
     assert run.wait() == 0, run.stderr
     results = json.loads(run.stdout.split('--result\n')[1])
     return [epoch['train']['loss'] for epoch in results['all']], run.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Run
+from helpers import Process
 
 from timm_kd import loop, summary, train
 
@@ -89,9 +89,9 @@ class Runs:
             '--recovery-interval', '2', '--sched-on-updates', '--output', str(output), *mode,
         ]
 
-    def start(self, experiment: str, place: str = 'nowhere', epoch: int = 1, resume: bool = True) -> Run:
+    def start(self, experiment: str, place: str = 'nowhere', epoch: int = 1, resume: bool = True) -> Process:
         argv = [*self.args, '--experiment', experiment, *(['--resume', 'auto'] if resume else [])]
-        return Run(train_and_die, (place, epoch, argv), self.output / f'{experiment}.printed')
+        return Process(train_and_die, (place, epoch, argv), self.output / f'{experiment}.printed')
 
     def finish(self, experiment: str) -> str:
         """Starts the run again, to its end; returns what it printed."""

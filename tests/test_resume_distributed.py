@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Run, run_on_ranks, start_on_ranks
-from script import Run as Finished
+from helpers import Process, Run, run_on_ranks, start_on_ranks
 from timm.task import ClassificationTask
 
 from timm_kd import loop, train
@@ -64,7 +63,7 @@ class Runs:
         self.argv = [str(digits), *BASE.split(), *flags.split(), '--output', str(output)]
         self.world_size = world_size
 
-    def start(self, name: str, place: str = 'nowhere', ranks: tuple[int, ...] = ()) -> list[Run]:
+    def start(self, name: str, place: str = 'nowhere', ranks: tuple[int, ...] = ()) -> list[Process]:
         args = (place, ranks, [*self.argv, '--experiment', name])
         runs = start_on_ranks(train_and_stop, args, self.output / f'{name}.printed', self.world_size)
         for run in runs:
@@ -75,7 +74,7 @@ class Runs:
         runs = self.start(name, place, ranks)
         assert [run.wait() for run in runs] == [143] * len(runs), [run.stderr for run in runs]
 
-    def finish(self, name: str) -> list[Run]:
+    def finish(self, name: str) -> list[Process]:
         runs = self.start(name)
         assert [run.wait() for run in runs] == [0] * len(runs), [run.stderr for run in runs]
         return runs
@@ -85,7 +84,7 @@ class Runs:
 
     def assert_same(self, first: str, second: str) -> None:
         assert (self.output / first / 'summary.csv').read_text() == (self.output / second / 'summary.csv').read_text()
-        one, two = (Finished(self.output / name).checkpoint() for name in (first, second))
+        one, two = (Run(self.output / name).checkpoint() for name in (first, second))
         assert one.keys() == two.keys()
         for key in {'state_dict', 'state_dict_ema'} & set(one):
             for name in one[key]:

@@ -1,20 +1,18 @@
 """KDTask among timm's own tools: its tasks, checkpoints, EMA, compile, DDP and training loop."""
 import copy
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from sklearn.datasets import load_digits
+from helpers import build, digits_batch, free_port
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, LogitDistillationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, dispatch_clip_grad, random_seed, unwrap_model
 from torch import nn
-from torch.nn.functional import interpolate
 
 from timm_kd import KDTask, Teacher, create_kd_loss
 from timm_kd.losses import KD_LOSSES
@@ -32,18 +30,6 @@ COMPONENTS = {
 }
 
 
-def build(name: str = 'test_resnet', seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model(name, num_classes=CLASSES, **kwargs)
-
-
-def real_batch(size: int = 8, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits `[B, 3, 32, 32]`, normalised for the students, and their classes."""
-    images, classes = load_digits(return_X_y=True)
-    images = torch.tensor(images[first:first + size] / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-    return (interpolate(images, (32, 32)).repeat(1, 3, 1, 1) - 0.5) / 0.5, torch.tensor(classes[first:first + size])
-
-
 def make_teacher(seed: int = 1) -> Teacher:
     """A teacher with a normalisation of its own."""
     model = build(seed=seed)
@@ -53,7 +39,7 @@ def make_teacher(seed: int = 1) -> Teacher:
 
 def make_task(name: str = 'nkd', student: nn.Module | None = None, **kwargs) -> KDTask:
     teacher = make_teacher() if KD_LOSSES[name].needs_teacher else None
-    return KDTask(student or build(), create_kd_loss(name), teacher=teacher, verbose=False, **kwargs)
+    return KDTask(student or build(), create_kd_loss(name), teacher=teacher, verbose=False, **kwargs).train()
 
 
 def train(
@@ -68,7 +54,7 @@ def train(
     random_seed(5)  # Mixup draws from NumPy
     results = []
     for step in range(steps):
-        input, target = real_batch(first=8 * step)
+        input, target = digits_batch(first=8 * step)
         if dense:
             input, target = mixup(input, target)
         input = input.to(dtype)
@@ -132,16 +118,16 @@ def test_kd_trains_step_for_step_like_timms_logit_distillation_on_mixed_batches(
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_result_holds_what_timms_loop_reads_and_every_part_of_the_loss(name):
     task = make_task(name, task_loss_weight=0.7, distill_loss_weight=0.4)
-    result = task(*real_batch())
+    result = task(*digits_batch())
     assert list(result) == ['loss', 'output', 'task_loss', 'kd_loss', *COMPONENTS[name]]
     assert result['output'].shape == (8, CLASSES) and result['loss'].requires_grad
-    expected_task_loss = nn.functional.cross_entropy(result['output'], real_batch()[1])
+    expected_task_loss = nn.functional.cross_entropy(result['output'], digits_batch()[1])
     torch.testing.assert_close(result['task_loss'], expected_task_loss)
     torch.testing.assert_close(result['loss'], 0.7 * result['task_loss'] + 0.4 * result['kd_loss'])
 
 
 def test_distillation_term_is_ramped_over_epochs_counted_from_1():
-    task, batch = make_task(warmup_epochs=4, distill_loss_weight=2.0).eval(), real_batch()
+    task, batch = make_task(warmup_epochs=4, distill_loss_weight=2.0).eval(), digits_batch()
     shares = []
     for epoch in (1, 2, 4, 9):
         task.set_epoch(epoch)
@@ -152,13 +138,13 @@ def test_distillation_term_is_ramped_over_epochs_counted_from_1():
 
 @pytest.mark.parametrize('warmup_epochs', [0, 5])
 def test_distillation_term_is_whole_where_no_epoch_was_ever_set(warmup_epochs):
-    result = make_task(warmup_epochs=warmup_epochs)(*real_batch())
+    result = make_task(warmup_epochs=warmup_epochs)(*digits_batch())
     torch.testing.assert_close(result['loss'], result['task_loss'] + result['kd_loss'])
 
 
 @pytest.mark.parametrize('name', ['dkd', 'nkd', 'tfnkd', 'tfkd'])
 def test_smoothing_that_mixup_folds_into_unmixed_targets_is_undone(name):
-    input, target = real_batch()
+    input, target = digits_batch()
     mixup = Mixup(mixup_alpha=0.8, prob=0.0, label_smoothing=0.2, num_classes=CLASSES)
     _, dense = mixup(input.clone(), target)
     hard = make_task(name).eval()(input, target)['kd_loss']
@@ -170,7 +156,7 @@ def test_smoothing_that_mixup_folds_into_unmixed_targets_is_undone(name):
 
 
 def test_stored_teacher_logits_take_the_place_of_the_teachers_forward():
-    task, batch = make_task(), real_batch()
+    task, batch = make_task(), digits_batch()
     stored = task.teacher(batch[0])
     expected = task(*batch)['kd_loss']
     task.teacher.forward = lambda images: pytest.fail('the teacher ran')
@@ -281,7 +267,7 @@ def test_compiled_task_has_the_same_loss_and_gradient():
         nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, CLASSES))
         for _ in range(2)
     )
-    teacher, batch = Teacher(teacher, CLASSES, dtype='float32'), real_batch()
+    teacher, batch = Teacher(teacher, CLASSES, dtype='float32'), digits_batch()
     plain, compiled = (
         KDTask(copy.deepcopy(student), create_kd_loss('nkd'), copy.deepcopy(teacher), verbose=False) for _ in range(2)
     )
@@ -308,16 +294,14 @@ def test_compiled_task_writes_keys_without_a_wrappers_prefix():
 @pytest.fixture
 def gloo():
     """A process group of this process alone."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.distributed.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=0, world_size=1)
+    init_method = f'tcp://127.0.0.1:{free_port()}'
+    torch.distributed.init_process_group('gloo', init_method=init_method, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 def test_distributed_task_wraps_the_student_alone_and_keeps_its_loss(gloo):
-    student, batch = build(), real_batch()
+    student, batch = build(), digits_batch()
     plain, task = make_task(student=student), make_task(student=copy.deepcopy(student))
     assert task.prepare_distributed() is task
     assert isinstance(task.trainable_module, nn.parallel.DistributedDataParallel)
@@ -335,7 +319,7 @@ def test_no_sync_holds_back_the_gradient_exchange_of_accumulation(gloo):
 
 
 def test_no_sync_does_nothing_in_one_process():
-    task, batch = make_task(), real_batch()
+    task, batch = make_task(), digits_batch()
     with task.no_sync():
         task(*batch)['loss'].backward()
     assert all(p.grad is not None for p in task.parameters())

@@ -4,7 +4,6 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import free_port
 from safetensors.torch import load_file, save_file
 
 from timm_kd.teacher_cache.__main__ import main as cache_main
@@ -185,13 +185,10 @@ def present(path):
 
 
 def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, live, teacher):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
     flags = [*cache(tmp_path), '--batch-size', '8']
     subprocess.run(
         [
-            sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port),
+            sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()),
             str(ROOT / 'train_kd.py'), *arguments(home, images, 'two', *flags),
         ],
         env=dict(os.environ, OMP_NUM_THREADS='1'), check=True, timeout=120, stderr=subprocess.DEVNULL,

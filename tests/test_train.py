@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from script import STILL, run_script
+from helpers import STILL, run_script
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver

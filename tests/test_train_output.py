@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import BASE, Run, run_script
 from PIL import Image
-from script import BASE, Run, run_script
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 from timm_kd.train import main

@@ -1,0 +1,189 @@
+"""What test files share: seeded models, digits, runs of the script in this process and in others, hostile pickles."""
+import argparse
+import contextlib
+import csv
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from timm_kd.train import main
+
+BASE = (
+    '--model test_resnet --num-classes 10 --img-size 32 --device cpu --epochs 1 --batch-size 32 --workers 0 '
+    '--opt adamw --lr 3e-3 --warmup-epochs 0 --log-interval 2'
+)
+STILL = '--opt momentum --lr 1e-30'  # no weight moves: every loss is a function of the batch alone
+
+# The processes of this file are forks of a server that has imported the project once.
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the server reads it when it imports torch
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(['timm_kd.train'])
+_reserved: list[socket.socket] = []
+
+
+def build(name: str = 'test_resnet', num_classes: int = 10, seed: int = 0, **kwargs) -> nn.Module:
+    """Create a model of timm in eval mode whose weights the seed decides."""
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+
+
+def read_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scikit-learn's digits, `[1797, 1, 8, 8]` in [0, 1], and their classes `[1797]`."""
+    from sklearn.datasets import load_digits  # seconds of import that most processes do not need
+
+    images, classes = load_digits(return_X_y=True)
+    return torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(classes)
+
+
+def digits_batch(size: int = 8, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return digits `[size, 3, 32, 32]`, normalised with mean and deviation 0.5, and their classes `[size]`."""
+    images, classes = (part[first:first + size] for part in read_digits())
+    return (interpolate(images, (32, 32)).repeat(1, 3, 1, 1) - 0.5) / 0.5, classes
+
+
+class RunsCode:
+    """Unpickles by calling `os.system`, which leaves the file `marker` behind."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f'touch {shlex.quote(str(self.marker))}',)
+
+
+# runs in this process
+
+
+@dataclass
+class Run:
+    """What a run leaves behind."""
+    folder: Path
+    result: dict = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    exit_code: int = 0
+    error: str = ''
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """summary.csv, in numbers."""
+        with open(self.folder / 'summary.csv', newline='') as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    @property
+    def record(self) -> dict:
+        """run.json."""
+        return json.loads((self.folder / 'run.json').read_text())
+
+    def checkpoint(self, name: str = 'last.pth.tar') -> dict:
+        """Read a checkpoint as anybody may read it."""
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(self.folder / name, weights_only=True)
+
+
+def run_script(flags: str, data: Path, output: Path, name: str = 'run') -> Run:
+    """Run the script in this process."""
+    run = Run(output / name)
+    handler = logging.Handler()
+    handler.emit = lambda record: run.log.append(record.getMessage())
+    logging.root.addHandler(handler)
+    argv = [str(data), *shlex.split(BASE), '--output', str(output), '--experiment', name, *shlex.split(flags)]
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            main(argv)
+        except SystemExit as stop:
+            run.exit_code = stop.code
+        finally:
+            logging.root.removeHandler(handler)
+    run.error = stderr.getvalue()
+    if not run.exit_code:
+        run.result = json.loads(stdout.getvalue().removeprefix('--result\n'))
+    return run
+
+
+# runs in processes of their own, which a signal can end
+
+
+class Process:
+    """A process that runs `function(*args)`, its output in files.
+
+    Args:
+        function: A function of a module (it travels by name).
+        args: Its arguments.
+        folder: Where stdout and stderr go.
+        env: Further environment variables.
+    """
+
+    def __init__(self, function: Callable, args: tuple, folder: Path, env: dict[str, str] | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._outputs = [folder / 'stdout', folder / 'stderr']
+        self.process = _context.Process(target=_run, args=(function, args, *self._outputs, env or {}))
+        self.process.start()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Return the exit code, negative for a signal; None if the process still runs after so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    @property
+    def stdout(self) -> str:
+        return self._outputs[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._outputs[1].read_text()
+
+
+def free_port() -> int:
+    """Return a port of the loopback that the system gives to nobody else while this process lives.
+
+    Bound, not listened to, and reusable: the store of torch.distributed may listen on it.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(('127.0.0.1', 0))
+    _reserved.append(reserved)
+    return reserved.getsockname()[1]
+
+
+def start_on_ranks(function: Callable, args: tuple, folder: Path, world_size: int = 2) -> list[Process]:
+    """Start a function in as many processes, with the environment that torchrun gives them."""
+    port = free_port()
+    return [
+        Process(function, args, folder / f'rank-{rank}', dict(
+            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world_size), RANK=str(rank),
+            LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
+        ))
+        for rank in range(world_size)
+    ]
+
+
+def run_on_ranks(function: Callable, args: tuple, folder: Path, world_size: int = 2) -> list[Process]:
+    """Start a function in as many processes and wait for all to end well."""
+    processes = start_on_ranks(function, args, folder, world_size)
+    for process in processes:
+        assert process.wait(300) == 0, process.stderr
+    return processes
+
+
+def _run(function: Callable, args: tuple, stdout: Path, stderr: Path, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    # Workers as in a run from the command line; those of a fork server would outlive one that is killed.
+    multiprocessing.set_start_method('fork', force=True)
+    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
+        stream.flush()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, stream.fileno())
+    function(*args)
