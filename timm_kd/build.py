@@ -25,17 +25,17 @@ from .teacher import Teacher, TeacherEnsemble, create_teacher
 _logger = logging.getLogger('train')
 
 
-def create_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(args: argparse.Namespace, student: nn.Module, batch_size: float) -> torch.optim.Optimizer:
     """Creates timm's optimizer; without `--lr`, the rate follows from `--lr-base` and the global batch size."""
     if not args.lr:
-        global_batch_size = args.batch_size * args.world_size * max(1, args.grad_accum_steps)
+        global_batch_size = batch_size * args.world_size * max(1, args.grad_accum_steps)
         ratio = global_batch_size / args.lr_base_size
         adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
         scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
         args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
         _logger.info(
             f'Learning rate ({args.lr}) calculated from base learning rate ({args.lr_base}) and effective global batch '
-            f'size ({global_batch_size}) with {scale} scaling.')
+            f'size ({global_batch_size:g}) with {scale} scaling.')
     try:
         return create_optimizer_v2(student, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except RuntimeError as error:  # the device has not what --opt-kwargs asks for (fused=True); the rest is checked
@@ -152,7 +152,12 @@ def count_epochs(args: argparse.Namespace, num_batches: int) -> int:
     return create_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=1.0), num_batches, start_epoch=0)[1]
 
 
-def step_settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> StepSettings:
+def step_settings(
+        args: argparse.Namespace,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        reference_batch_size: float,
+) -> StepSettings:
     """Returns how a batch becomes an update."""
     return StepSettings(
         device=device,
@@ -164,8 +169,8 @@ def step_settings(args: argparse.Namespace, device: torch.device, dtype: torch.d
         clip_grad=args.clip_grad,
         clip_mode=args.clip_mode,
         synchronize=args.synchronize_step,
-        batch_loss_scale=args.variable_batch_loss_scale,
-        reference_batch_size=args.batch_size,
+        batch_loss_scale=args.variable_batch_loss_scale if args.train_img_sizes else 'none',
+        reference_batch_size=reference_batch_size,
     )
 
 

@@ -81,11 +81,16 @@ class NamedImages(ImageDataset):
 
 @dataclass
 class TrainData:
-    """The training side: the loader, and Mixup where the loader does not mix itself (`--no-prefetcher`)."""
+    """The training side: the loader, and Mixup where the loader does not mix itself (`--no-prefetcher`).
+
+    `reference_batch_size` is what the automatic learning rate and the loss scale refer to: `--batch-size`, or the
+    average over the schedule of `--train-img-sizes`.
+    """
     dataset: Dataset
     loader: DataLoader
     mixup_fn: Mixup | None
     mixup_active: bool
+    reference_batch_size: float
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Tell everything that counts epochs which one comes, and at which batch a replayable loader begins."""
@@ -194,6 +199,13 @@ def create_train_data(
         loader = create_loader(augmented, is_training=True, collate_fn=collate_fn, **options)
     except (ValueError, AssertionError) as error:  # timm's own sentences about --train-img-sizes and its like
         raise UsageError(f'training loader: {error}') from error
+    reference_batch_size = options['batch_size']
+    if options.get('input_size_choices'):
+        schedule = loader.batch_sampler
+        reference_batch_size = schedule.average_batch_size
+        _logger.info(
+            f'--train-img-sizes: batches of {", ".join(map(str, schedule.batch_sizes))} images, '
+            f'{reference_batch_size:.2f} on average, {len(schedule)} batches an epoch.')
     if replay_seed is not None:
         loader = make_replayable(loader, seed=replay_seed, num_epochs=replay_epochs)
         if mixup_fn is not None:
@@ -203,7 +215,7 @@ def create_train_data(
             f'--batch-size {options["batch_size"]}: the {len(dataset)} training images do not fill one batch, and timm '
             'drops the last partial one: lower it.'
         )
-    return TrainData(dataset, loader, mixup_fn, mixup_active=mixup is not None)
+    return TrainData(dataset, loader, mixup_fn, mixup is not None, reference_batch_size)
 
 
 def create_eval_loader(dataset: Dataset, *, replayable: bool = False, **options: Any) -> DataLoader:

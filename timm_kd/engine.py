@@ -31,7 +31,7 @@ class StepSettings:
         clip_grad: Gradient clipping value; None for none.
         clip_mode: 'norm', 'value' or 'agc'.
         synchronize: Wait for the device after each update (`--synchronize-step`).
-        batch_loss_scale: 'none', 'sqrt' or 'linear': scale of the loss with the batch size.
+        batch_loss_scale: 'none', 'sqrt' or 'linear': how the loss that goes into backward grows with the batch size.
         reference_batch_size: The batch size whose loss scale is 1.
     """
     device: torch.device
@@ -44,7 +44,7 @@ class StepSettings:
     clip_mode: str = 'norm'
     synchronize: bool = False
     batch_loss_scale: str = 'none'
-    reference_batch_size: int = 1
+    reference_batch_size: float = 1.0
 
     def place(self, input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Brings a batch of a loader without prefetcher to the device."""
@@ -57,7 +57,7 @@ class StepSettings:
         return input.contiguous(memory_format=torch.channels_last) if self.channels_last else input
 
     def loss_scale(self, batch_size: int) -> float:
-        """Returns the factor that the loss of a batch of this size gets."""
+        """Returns the factor that the loss of a batch of this size gets for backward."""
         if self.batch_loss_scale == 'none':
             return 1.0
         ratio = batch_size / self.reference_batch_size
@@ -145,11 +145,10 @@ def train_one_epoch(
             with settings.autocast():
                 result = task(input, target, **stored)
                 divisor = accumulation.divisor(batch_idx)
-                loss = result['loss'] * settings.loss_scale(len(input)) if settings.batch_loss_scale != 'none' \
-                    else result['loss']
-                if divisor > 1:
-                    loss = loss / divisor
-            _backward(loss, task, optimizer, settings, loss_scaler, create_graph, need_update)
+                loss = result['loss'] / divisor if divisor > 1 else result['loss']
+                scale = settings.loss_scale(len(input))
+                scaled_loss = loss * scale if scale != 1 else loss
+            _backward(scaled_loss, task, optimizer, settings, loss_scaler, create_graph, need_update)
         totals.update(result, loss, divisor, batch_idx, len(input))
         samples += len(input)
         if not need_update:

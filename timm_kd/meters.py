@@ -35,7 +35,7 @@ class StepTotals:
             batch_idx: int,
             samples: int,
     ) -> None:
-        """Adds a batch: `loss` as it went into backward (divided by `divisor`), the other scalars from `result`."""
+        """Adds a batch: `loss` of it, divided by `divisor` for accumulation, the other scalars from `result`."""
         names = ('loss', *(name for name in result if name not in ('loss', 'output')))
         if not self.names:
             self._start(names)

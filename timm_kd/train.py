@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     kd = resolve_kd(args)
     data, eval_loader = create_data(args, data_config, device, dtype)
     _check_tta(args, eval_loader)
-    optimizer = create_optimizer(args, student)
+    optimizer = create_optimizer(args, student, data.reference_batch_size)
     loss_scaler = create_loss_scaler(args, device)
     output_dir = _output_dir(args, data_config) if primary else None
     start = find_start(args, output_dir)
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         optimizer=optimizer,
         data=data,
         eval_loader=eval_loader,
-        steps=step_settings(args, device, dtype),
+        steps=step_settings(args, device, dtype, data.reference_batch_size),
         settings=loop_settings(args, start.epoch, num_epochs, eval_metric),
         log=_create_log(args, output_dir),
         run_id=start.run_id,

@@ -95,7 +95,8 @@ def open_run(
             '--epochs.'
         )
     teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype, epochs, live)
-    return TeacherRun(args, data, step_settings(args, device, dtype), teacher, eval_loader), epochs
+    steps = step_settings(args, device, dtype, data.reference_batch_size)
+    return TeacherRun(args, data, steps, teacher, eval_loader), epochs
 
 
 @torch.no_grad()

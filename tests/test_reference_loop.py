@@ -1,0 +1,154 @@
+"""Without a KD flag a run trains as timm's parts do in the plainest loop: every number agrees bit for bit.
+
+The loop stands here, knows nothing of timm_kd, and trains in the same process: both sides meet the same processor,
+torch and threads, whichever these are.
+"""
+import math
+from itertools import islice
+
+import pytest
+import torch
+from timm import create_model
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
+from timm.layers import convert_splitbn_model
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationEvaluator
+from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad, random_seed
+
+CPU = torch.device('cpu')
+MIXING = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.7, label_smoothing=0.1, num_classes=10)
+MIXING_FLAGS = '--mixup 0.8 --cutmix 1.0 --mixup-prob 0.7'
+
+
+def train_reference(
+        data, *, workers=0, splits=0, mixing=None, mixup_off=None, prefetcher=True, drop_path=0.0, criterion=None,
+        ema=None, opt='adamw', lr=3e-3, accumulate=1, clip=None, bfloat16=False, scale_power=0, schedule=(), **loading,
+):
+    """Trains a `test_resnet` for three epochs; returns the rows of summary.csv, the model and its EMA."""
+    random_seed(42, 0)
+    model = create_model('test_resnet', num_classes=10, drop_path_rate=drop_path)
+    config = resolve_data_config({'img_size': 32}, model=model)
+    if splits:
+        model = convert_splitbn_model(model, splits)
+    common = dict(
+        batch_size=32, input_size=config['input_size'], mean=config['mean'], std=config['std'], device=CPU,
+        use_prefetcher=prefetcher, num_workers=workers)
+    dataset = create_dataset('', data, 'train', is_training=True)
+    loader = create_loader(
+        AugMixDataset(dataset, num_splits=splits) if splits else dataset, is_training=True, interpolation='random',
+        num_aug_splits=splits, collate_fn=FastCollateMixup(**mixing) if mixing and prefetcher else None,
+        **common, **loading)
+    mixer = Mixup(**mixing) if mixing and not prefetcher else None
+    eval_loader = create_loader(
+        create_dataset('', data, 'validation', is_training=False), interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'], **common)
+    if lr is None:  # 0.1 for 256 images an update, in proportion to their number or, for AdamW, to its root
+        lr = 0.1 * (loader.batch_sampler.average_batch_size * accumulate / 256) ** (0.5 if opt == 'adamw' else 1)
+    optimizer = create_optimizer_v2(model, opt, lr=lr, weight_decay=2e-5, momentum=0.9)
+    updates = math.ceil(len(loader) / accumulate)
+    scheduler, _ = create_scheduler_v2(optimizer, **dict(schedule, num_epochs=3), updates_per_epoch=updates)
+    criterion = criterion or LabelSmoothingCrossEntropy(0.1)
+    averaged = ModelEmaV3(model, **ema) if ema else None
+    rows = []
+    for epoch in range(3):
+        if hasattr(loader.batch_sampler, 'set_epoch'):
+            loader.batch_sampler.set_epoch(epoch)
+        if epoch == mixup_off:
+            (mixer or loader).mixup_enabled = False
+        model.train()
+        losses, batches, done = AverageMeter(), iter(loader), epoch * updates
+        for _ in range(updates):
+            group = list(islice(batches, accumulate))
+            for images, target in group:
+                if mixer:
+                    images, target = mixer(images, target)
+                with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+                    loss = criterion(model(images), target) / len(group)
+                scale = (len(images) / loader.batch_sampler.average_batch_size) ** scale_power if scale_power else 1.0
+                (loss * scale).backward(create_graph=opt == 'adahessian')
+                losses.update(loss.item() * len(group), len(images))
+            if clip:
+                parameters = list(model.parameters())
+                dispatch_clip_grad(parameters[:-2] if clip[1] == 'agc' else parameters, *clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            if averaged:
+                averaged.update(model, step=done)
+            scheduler.step_update(done)
+        if hasattr(optimizer, 'sync_lookahead'):
+            optimizer.sync_lookahead()
+        for evaluated in (model, averaged) if averaged else (model,):
+            evaluated.eval()
+            evaluator = ClassificationEvaluator(CPU)
+            for images, target in eval_loader:
+                with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+                    evaluator.update(evaluated(images), target)
+        rates = [group['lr'] for group in optimizer.param_groups]
+        metrics = evaluator.compute()
+        rows.append({'epoch': epoch, 'train_loss': losses.avg, 'lr': sum(rates) / len(rates),
+                     **{f'eval_{name}': value for name, value in metrics.items()}})
+        scheduler.step(epoch + 1, metrics['top1'])
+    return rows, model, averaged
+
+
+@pytest.mark.parametrize('flags, settings', [
+    pytest.param('--grad-accum-steps 2 --clip-grad 0.5', dict(accumulate=2, clip=(0.5, 'norm')), id='accumulation'),
+    pytest.param(
+        f'{MIXING_FLAGS} --mixup-off-epoch 1',
+        dict(mixing=MIXING, mixup_off=1, criterion=SoftTargetCrossEntropy()), id='mixup'),
+    pytest.param(
+        f'{MIXING_FLAGS} --mixup-mode elem --mixup-off-epoch 2 --no-prefetcher --bce-loss',
+        dict(mixing={**MIXING, 'mode': 'elem'}, mixup_off=2, prefetcher=False, criterion=BinaryCrossEntropy()),
+        id='mixup in the loop'),
+    pytest.param(
+        '--model-ema --model-ema-decay 0.98 --model-ema-warmup --drop-path 0.2',
+        dict(ema=dict(decay=0.98, use_warmup=True), drop_path=0.2), id='ema'),
+    pytest.param(
+        '--sched-on-updates --warmup-epochs 1 --warmup-lr 1e-5 --grad-accum-steps 2 --min-lr 1e-4',
+        dict(accumulate=2, schedule=dict(step_on_epochs=False, warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-4)),
+        id='schedule on updates'),
+    pytest.param(
+        '--amp --amp-dtype bfloat16 --model-ema --model-ema-decay 0.9', dict(bfloat16=True, ema=dict(decay=0.9)),
+        id='amp'),
+    pytest.param(
+        '--train-img-sizes 24 32 48 --train-batch-sizes 40 32 16 --variable-batch-loss-scale linear --opt sgd --lr 0',
+        dict(
+            input_size_choices=[24, 32, 48], batch_size_choices=[40, 32, 16], batch_choice_seed=42, scale_power=1,
+            opt='sgd', lr=None), id='image sizes'),
+    pytest.param(
+        '--train-img-sizes 24 32 --train-batch-sizes 40 24 --train-size-schedule progressive '
+        '--variable-batch-loss-scale sqrt --lr 0 --grad-accum-steps 2',
+        dict(
+            input_size_choices=[24, 32], batch_size_choices=[40, 24], batch_choice_seed=42,
+            batch_choice_schedule='progressive', batch_schedule_epochs=3, scale_power=0.5, lr=None, accumulate=2),
+        id='image sizes in turn'),
+    pytest.param(
+        '--aug-splits 3 --jsd-loss --split-bn --aa rand-m9-mstd0.5-inc1 --resplit --reprob 0.3',
+        dict(
+            splits=3, criterion=JsdCrossEntropy(num_splits=3, smoothing=0.1), auto_augment='rand-m9-mstd0.5-inc1',
+            re_split=True, re_prob=0.3, re_mode='pixel'), id='augmentation splits'),
+    pytest.param(
+        '--sched plateau --patience-epochs 0 --decay-rate 0.5 --opt momentum --lr 0.4',
+        dict(
+            opt='momentum', lr=0.4,
+            schedule=dict(sched='plateau', patience_epochs=0, decay_rate=0.5, plateau_mode='max')), id='plateau'),
+    pytest.param(
+        '--opt lookahead_adamw --clip-grad 0.02 --clip-mode agc', dict(opt='lookahead_adamw', clip=(0.02, 'agc')),
+        id='lookahead'),
+    pytest.param('--opt adahessian', dict(opt='adahessian'), id='second order'),
+    pytest.param('--workers 2 --reprob 0.4', dict(workers=2, re_prob=0.4, re_mode='pixel'), id='workers'),
+])
+def test_run_agrees_with_a_plain_loop_of_timms_parts_bit_for_bit(flags, settings, train, digits):
+    run = train(f'--epochs 3 {flags}')
+    rows, model, averaged = train_reference(digits, **settings)
+    assert run.rows == rows
+    expected = {'state_dict': model, **({'state_dict_ema': averaged.module} if averaged else {})}
+    saved = run.checkpoint()
+    assert {name for name in saved if name.startswith('state_dict')} == expected.keys()
+    for name, module in expected.items():
+        weights = module.state_dict()
+        assert saved[name].keys() == weights.keys()
+        assert all(torch.equal(saved[name][key], weights[key]) for key in weights), name
