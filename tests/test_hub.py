@@ -1,12 +1,15 @@
 """Pushing to and pulling from a Hub on loopback, through the real clients in processes of their own."""
 
+import ast
 import contextlib
 import csv
+import html
 import io
 import json
 import logging
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -193,7 +196,7 @@ def hub():
 
 @pytest.fixture(scope='module')
 def cut_push(hub, tmp_path_factory):
-    """The command line while every upload is cut; started first, as it waits half a minute between its tries."""
+    """The command line while every upload is cut."""
     folder = tmp_path_factory.mktemp('cut')
     run_dir = make_run(folder / 'run', seed=1)
     hub.fail('PUT', '/lfs/upload/me/cut/', status=None)
@@ -206,7 +209,7 @@ def cut_push(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def client(hub, cut_push, tmp_path_factory):
+def client(hub, tmp_path_factory):
     """Calls a function of this module in a process whose Hub client speaks to the loopback Hub."""
     environment, before = client_environment(hub.url, tmp_path_factory.mktemp('home')), dict(os.environ)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
@@ -267,7 +270,7 @@ def test_a_model_of_fixed_input_size_comes_back_at_the_size_it_was_trained_at(cl
 
 def test_a_pushed_student_teaches_with_the_logits_it_was_saved_with(client, pushed, run_dir, images):
     logits = client(teach, f'hf-hub:{pushed}', images)
-    # A teacher folds its batch norms into its convolutions, which rounds anew.
+    # A teacher is prepared for its device (memory layout, precision), which may round anew.
     np.testing.assert_allclose(logits, expected_logits(run_dir, images), rtol=1e-5)
 
 
@@ -343,7 +346,7 @@ def test_a_repository_of_someone_else_is_refused_although_it_exists(hub, client)
 def test_a_hub_that_hangs_up_is_a_usage_error_before_training(hub, client):
     hub.fail('POST', '/api/repos/create', status=None, times=1)
     error = error_of(client, check, 'me/unreachable')
-    assert isinstance(error, UsageError) and '--push-to-hub me/unreachable: ' in str(error)
+    assert isinstance(error, UsageError) and str(error).startswith('me/unreachable: ')
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub, pushed):
@@ -377,6 +380,7 @@ def test_a_failed_push_says_why_and_how_to_try_again_without_the_token(hub, clie
     assert set(hub.files(repo_id)) == {'.gitattributes'}
 
 
+@pytest.mark.soak  # of huggingface_hub: that it tries again, and how long it waits
 def test_the_client_retries_an_upload_that_was_cut_and_one_the_storage_refused(hub, client, images, tmp_path):
     run_dir = make_run(tmp_path / 'run', seed=2)
     hub.fail('PUT', '/lfs/upload/me/flaky/', status=None, times=1)
@@ -387,6 +391,7 @@ def test_the_client_retries_an_upload_that_was_cut_and_one_the_storage_refused(h
     np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
 
 
+@pytest.mark.soak  # the client waits half a minute between its tries
 def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_works(hub, client, cut_push):
     run_dir, process = cut_push
     output, errors = process.communicate(timeout=120)
@@ -459,7 +464,7 @@ def test_the_script_trains_with_a_teacher_of_the_hub_and_pushes_what_timm_pulls(
 def test_without_a_token_the_script_stops_before_training(client, training):
     flags = ['--teacher', 'local-dir:/nowhere', '--push-to-hub', 'me/never', '--experiment', 'no-token']
     code, errors = client(train, training + flags, token=None)
-    assert code == 2 and 'no Hugging Face token: run `hf auth login`' in errors
+    assert code == 2 and '--push-to-hub me/never: no Hugging Face token: run `hf auth login`' in errors
     assert not Path(training[-1], 'no-token').exists()
 
 
@@ -626,6 +631,38 @@ def test_the_card_states_the_loss_as_its_class_does(tmp_path, name, teacher, tit
     assert f'$${KD_LOSSES[name].stated(teacher).formula}$$' in text
     assert '| epochs over which the weight of D rises | 7 |' in text
     assert 'sun2024logit' not in text and 'leftarrow' not in text
+
+
+def test_the_card_of_a_loss_that_is_not_registered_states_its_name_and_parameters(tmp_path):
+    loss = {
+        'name': 'mine', 'parameters': {'margin': 0.5}, 'task_loss_weight': 1.0, 'distill_loss_weight': 2.0,
+        'warmup_epochs': 0,
+    }
+    run_dir = edit_record(make_run(tmp_path / 'run'), loss=loss)
+    text = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md').text
+    assert 'the distillation loss `mine`.' in text and '$$' not in text
+    assert '| margin | 0.5 |\n| weight of the task loss | 1.0 |\n| weight of D | 2.0 |' in text
+
+
+@pytest.mark.parametrize('name', [
+    'a|b', 'a`b', '<img src=x onerror=alert(1)>', '[x](javascript:0)', '{{ 7 * 7 }}', '{% for %}', 'a\n# b', '$$x$$',
+    '*a*',
+])
+def test_what_a_user_names_stays_text_in_the_card(tmp_path, name):
+    teacher = {'source': f'/home/jane/{name}', 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}
+    student = {'class_names': ['a', 'b', 'c']}
+    command = shlex.join(['train-kd', 'x', '--experiment', f'```{name}'])
+    run_dir = edit_record(make_run(tmp_path / 'run'), teacher=[teacher], student=student, command=command)
+    card = ModelCard.load(Path(push_run(run_dir, 'me/x', revision="it's", dry_run=True)) / 'README.md')
+    assert f'teacher:{name}' in card.data.tags
+    teacher_row, = (line for line in card.text.splitlines() if line.startswith('| Teacher'))
+    assert teacher_row.count('|') == 6 and teacher_row.endswith('| 1 | 90.00 | 99.00 |')
+    shown = re.search(r'\(<code>(.*)</code>\)', teacher_row)[1]
+    assert html.unescape(shown) == name and not set(shown) & set('|`<>[]{}*$\n')
+    # The command is a block that no line of its own ends.
+    assert f'````sh\n{command}\n````\n' in card.text
+    snippet = card.text.split('```python\n')[1].split('```')[0]
+    assert ast.parse(snippet) and "hf-hub:me/x@it's" in snippet
 
 
 def test_the_card_says_that_logits_were_standardized_and_cites_the_paper(tmp_path):

@@ -87,7 +87,10 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     device = setup_device(args, device_given=any(word.split('=')[0] == '--device' for word in argv))
     primary = args.rank == 0
     if args.push_to_hub and primary:
-        check_access(args.push_to_hub, private=args.hub_private, revision=args.hub_revision)
+        try:
+            check_access(args.push_to_hub, private=args.hub_private, revision=args.hub_revision)
+        except UsageError as error:
+            raise UsageError(f'--push-to-hub {error}') from None
     dtype = model_dtype(args)
     random_seed(args.seed, args.rank)
 

@@ -3,7 +3,6 @@
 The token is the Hub client's own (`HF_TOKEN`, or `hf auth login`): it is never a parameter here, and every message is
 freed of it before it is raised or logged.
 """
-
 import logging
 import shlex
 from pathlib import Path
@@ -33,7 +32,7 @@ class PushError(RuntimeError):
 
 
 def check_access(repo_id: str, private: bool = False, revision: str | None = None) -> None:
-    """Finds out, before anything is trained, whether a push to the repository will be allowed.
+    """Find out, before anything is trained, whether a push to the repository will be allowed.
 
     The one sure test is to do it: the repository (and the branch) is created if it does not exist, and the Hub is asked
     whether a file may be committed to it. A run that fails later leaves an empty repository behind, which its next
@@ -53,7 +52,7 @@ def check_access(repo_id: str, private: bool = False, revision: str | None = Non
         _open_repo(_client(), repo_id, private, revision)
     # The client's errors have no common base: HTTP, network, its offline mode, a malformed answer.
     except Exception as error:
-        raise UsageError(f'--push-to-hub {repo_id}: {_explain(error)}') from None
+        raise UsageError(f'{repo_id}: {_explain(error)}.') from None
 
 
 def push_run(
@@ -66,7 +65,7 @@ def push_run(
         dataset: str | None = None,
         dry_run: bool = False,
 ) -> str:
-    """Writes `RUN_DIR/hub/` and pushes it as one commit; an existing repository gets a new one.
+    """Write `RUN_DIR/hub/` and push it as one commit; an existing repository gets a new one.
 
     Args:
         run_dir: The output folder of a run.
@@ -120,9 +119,9 @@ def _validate(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UsageError(f'--push-to-hub {repo_id!r} is not a repository of the Hub: {error}') from None
+        raise UsageError(f'{repo_id!r} is not a repository of the Hub: {error}') from None
     if '/' not in repo_id:
-        raise UsageError(f'--push-to-hub {repo_id} has no owner: write it as OWNER/{repo_id}')
+        raise UsageError(f'{repo_id} has no owner: write it as OWNER/{repo_id}.')
 
 
 def _client() -> HfApi:
@@ -133,7 +132,7 @@ def _client() -> HfApi:
 
 
 def _open_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
-    """Creates what does not exist yet, and asks for the right to write. The client's errors pass through."""
+    """Create what does not exist yet, and ask for the right to write; the client's errors pass through."""
     # Where it is not asked for, an organization's own default decides.
     api.create_repo(repo_id, exist_ok=True, **({'private': True} if private else {}))
     if private and not api.model_info(repo_id).private:
@@ -147,12 +146,12 @@ def _open_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) ->
 
 
 def _explain(error: Exception) -> str:
-    """One line on what the client ran into, without the token."""
+    """Return what the client ran into, on one line and without the token."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     # The client wraps what happened to an upload in an error that only names the file.
     relevant = causes[:1] if status else dict.fromkeys((causes[0], causes[-1]))
-    reason = '; '.join(' '.join(str(cause).split()) or type(cause).__name__ for cause in relevant)
+    reason = '; '.join((' '.join(str(cause).split()) or type(cause).__name__).rstrip('.') for cause in relevant)
     return _ADVICE.get(status, '') + without_token(reason)

@@ -1,5 +1,4 @@
 """What a training run left in its folder, read back and freed of what must not be published."""
-
 import csv
 import json
 import os
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 
 # A value, or the value behind `--flag=`, `key=` or `local-dir:`, that is an absolute path; `https://...` is none.
 _ABSOLUTE_PATH = re.compile(
@@ -31,18 +30,17 @@ class Run:
         args: `args.yaml`: every flag of the run by its dest name.
         summary: `summary.csv`: one dict per epoch, in its order, without the columns that are blank.
     """
-
     folder: Path
     record: dict[str, Any]
     args: dict[str, Any]
     summary: list[dict[str, float]]
 
     def epoch_metrics(self, epoch: int | None) -> dict[str, float]:
-        """The row of `summary.csv` written after an epoch, empty where there is none."""
+        """Return the row of `summary.csv` written after an epoch, empty where there is none."""
         return next((row for row in self.summary if row.get('epoch') == epoch), {})
 
     def checkpoint(self, name: str | None = None) -> Path:
-        """The checkpoint to publish: `name` (a path, or a file of the run), else the best one, else the last.
+        """Return the checkpoint to publish: `name` (a path, or a file of the run), else the best one, else the last.
 
         Raises:
             UsageError: The file does not exist.
@@ -51,12 +49,12 @@ class Run:
         candidates = [folder / file for file in names for folder in (self.folder, Path())]
         found = next((path for path in candidates if path.is_file()), None)
         if found is None:
-            raise UsageError(f'{self.folder} has no checkpoint {" or ".join(names)}: name one with --checkpoint')
+            raise UsageError(f'{self.folder} has no checkpoint {" or ".join(names)}: name another one.')
         return found
 
 
 def read_run(folder: str | Path) -> Run:
-    """Reads the files that the training script leaves in its output folder.
+    """Read the files that the training script leaves in its output folder.
 
     Raises:
         UsageError: A file is missing or is not what the script writes.
@@ -67,7 +65,7 @@ def read_run(folder: str | Path) -> Run:
         try:
             texts[name] = (folder / name).read_text(encoding='utf-8')
         except OSError as error:
-            raise UsageError(f'{folder} is not the output folder of a run: {name}: {error.strerror}') from None
+            raise UsageError(f'{folder} is not the output folder of a run: {name}: {error.strerror}.') from None
     try:
         record = json.loads(texts['run.json'])
         args = yaml.safe_load(texts['args.yaml'])
@@ -76,12 +74,12 @@ def read_run(folder: str | Path) -> Run:
         if not (isinstance(args, dict) and record['student']['model']):
             raise ValueError('no student in it')
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f'{folder} is not the output folder of a run: {error}') from None
+        raise UsageError(f'{folder} is not the output folder of a run: {shortened(error)}.') from None
     return Run(folder, record, args, summary)
 
 
 def scrub(value: Any) -> Any:
-    """Replaces every absolute path in a (nested) value by its last component, and every Hub token by stars.
+    """Replace every absolute path in a (nested) value by its last component, and every Hub token by stars.
 
     >>> scrub({'data_dir': '/data/imagenet', 'teacher': 'local-dir:/home/me/r34'})
     {'data_dir': 'imagenet', 'teacher': 'local-dir:r34'}
@@ -100,11 +98,11 @@ def scrub(value: Any) -> Any:
 
 
 def without_token(text: str) -> str:
-    """Replaces Hub tokens by stars: what looks like one, and the one in use whatever it looks like."""
+    """Replace Hub tokens by stars: what looks like one, and the one in use whatever it looks like."""
     token = os.environ.get('HF_TOKEN') or os.environ.get('HUGGING_FACE_HUB_TOKEN')
     return _HUB_TOKEN.sub('***', text.replace(token, '***') if token else text)
 
 
 def scrub_command(command: str) -> str:
-    """`scrub` for each word of a shell command line."""
+    """Apply `scrub` to each word of a shell command line."""
     return shlex.join(scrub(shlex.split(command)))
