@@ -676,6 +676,15 @@ def test_the_card_says_that_logits_were_standardized_and_cites_the_paper(tmp_pat
     assert 'logit_std' not in text and 'weight of D rises' not in text
 
 
+def test_every_file_of_the_package_beside_its_code_is_declared_as_package_data():
+    tomllib = pytest.importorskip('tomllib')
+    root = Path(__file__).parents[1]
+    declared = tomllib.loads((root / 'pyproject.toml').read_text())['tool']['setuptools']['package-data']
+    shipped = {path for package, globs in declared.items() for glob in globs
+               for path in (root / package.replace('.', '/')).glob(glob)}
+    assert shipped == {path for path in (root / 'timm_kd').rglob('*.*') if path.suffix not in ('.py', '.pyc')}
+
+
 def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(tmp_path, monkeypatch, caplog):
     run_dir = make_run(tmp_path / 'run')
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
