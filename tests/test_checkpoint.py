@@ -10,15 +10,9 @@ from helpers import RunsCode
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
-from timm_kd.checkpoint import (
-    AtomicSaver,
-    CheckpointWriteError,
-    find_recoveries,
-    find_resume_point,
-    read_checkpoint,
-    run_state_of,
-)
 from timm_kd.errors import UsageError
+from timm_kd.run.checkpoint import AtomicSaver, CheckpointWriteError, find_recoveries
+from timm_kd.run.resume import find_resume_point, read_checkpoint, run_state_of
 
 
 def make_saver(folder: Path, cls: type = AtomicSaver, max_history: int = 2) -> CheckpointSaver:

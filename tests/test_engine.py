@@ -6,8 +6,7 @@ from timm.utils import AverageMeter, NativeScaler
 from torch import nn
 
 from timm_kd.engine import StepSettings, train_one_epoch, validate
-from timm_kd.meters import Agreement, NonFiniteLoss, StepTotals
-from timm_kd.runtime import SkippedSteps
+from timm_kd.meters import Agreement, NonFiniteLoss, SkippedSteps, StepTotals
 
 CPU = torch.device('cpu')
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import Process
 
-from timm_kd import loop, summary, train
+from timm_kd import loop, train
+from timm_kd.run import record
 
 WITHOUT_REPLAY = ['--workers', '0']
 WITH_REPLAY = ['--workers', '2', '--replayable-data']
@@ -44,7 +45,7 @@ def _kill_while_writing(epoch: int) -> None:
 
 
 def _kill_after_summary(epoch: int) -> None:
-    append = summary.Summary.append
+    append = record.Summary.append
 
     def append_and_die(self, current, *args, **kwargs):
         row = append(self, current, *args, **kwargs)
@@ -52,7 +53,7 @@ def _kill_after_summary(epoch: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return row
 
-    summary.Summary.append = append_and_die
+    record.Summary.append = append_and_die
 
 
 def _signal_after_step(epoch: int, number: signal.Signals) -> None:

@@ -14,8 +14,8 @@ from helpers import Process, Run, run_on_ranks, start_on_ranks
 from timm.task import ClassificationTask
 
 from timm_kd import loop, train
-from timm_kd.rank_state import restored_totals
-from timm_kd.stop import AgreedStop
+from timm_kd.process import AgreedStop, Process
+from timm_kd.run.resume import restored_totals
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -179,7 +179,7 @@ def test_sigterm_to_torchrun_stops_all_ranks_with_143_and_a_recovery_file(runs_o
         'after_update = loop.Loop._after_update\n'
         'def terminate_torchrun(self, progress):\n'
         '    if progress.epoch == 1 and progress.update_idx == 2:\n'
-        '        if self.settings.rank == 0:\n'
+        '        if self.process.primary:\n'
         '            os.kill(os.getppid(), signal.SIGTERM)\n'
         '        while not self.stop.received:\n'
         '            os.sched_yield()\n'
@@ -207,7 +207,8 @@ def check_with_a_signal(folder: Path) -> None:
     """Checks until the ranks stop; rank 1 gets SIGTERM before check 3."""
     torch.distributed.init_process_group('gloo')
     rank = torch.distributed.get_rank()
-    with AgreedStop(distributed=True) as stop:
+    process = Process(torch.device('cpu'), rank, world_size=3, group=torch.distributed.new_group())
+    with AgreedStop(process) as stop:
         number = 0
         while not stop.check():
             number += 1

@@ -5,7 +5,7 @@ import torch
 
 from timm_kd.cli import parse_args
 from timm_kd.errors import UsageError
-from timm_kd.runtime import setup_device
+from timm_kd.process import Process
 from timm_kd.student import create_student
 
 
@@ -14,9 +14,8 @@ def create(tmp_path):
     """Creates a student, seeded."""
     def build(*flags: str) -> torch.nn.Module:
         args, _ = parse_args([str(tmp_path), '--num-classes', '10', '--img-size', '32', '--device', 'cpu', *flags])
-        device = setup_device(args, device_given=True)
         torch.manual_seed(0)
-        return create_student(args, device, None)[0]
+        return create_student(args, Process(torch.device('cpu')), None)[0]
     return build
 
 

@@ -3,7 +3,7 @@ import csv
 
 from timm.utils import update_summary
 
-from timm_kd.summary import Summary
+from timm_kd.run.record import Summary
 
 TRAIN, EVAL = {'loss': 1 / 3}, {'loss': 0.1, 'top1': 200 / 3, 'top5': 100.0}
 

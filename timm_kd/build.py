@@ -1,6 +1,9 @@
 """args -> optimizer, schedule, teacher, task: what timm's factories and ours make of the flags."""
 import argparse
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, TrainingTask
+from timm.utils import NativeScaler
 from torch import nn
 
 from .cli import KDSettings
@@ -17,18 +21,44 @@ from .engine import StepSettings
 from .errors import UsageError, shortened
 from .loop import LoopSettings
 from .losses import create_kd_loss
-from .random_state import preserved_random_state
-from .runtime import create_autocast
+from .process import Process, preserved_random_state
 from .task import KDTask
 from .teacher import Teacher, TeacherEnsemble, create_teacher
 
 _logger = logging.getLogger('train')
 
 
-def create_optimizer(args: argparse.Namespace, student: nn.Module, batch_size: float) -> torch.optim.Optimizer:
+def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """Returns the dtype that `--model-dtype` names, or None for the default."""
+    if args.model_dtype == 'float16':
+        _logger.warning('--model-dtype float16: training in pure float16 easily overflows; bfloat16 is safer.')
+    return getattr(torch, args.model_dtype) if args.model_dtype else None
+
+
+def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Returns what makes the context that forwards run in: autocast under `--amp`."""
+    if not args.amp:
+        return nullcontext
+    _logger.info(f'Using native Torch AMP ({args.amp_dtype}). Training in mixed precision.')
+    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
+
+
+def create_loss_scaler(args: argparse.Namespace, device: torch.device) -> NativeScaler | None:
+    """Returns timm's loss scaler where float16 gradients need it: under `--amp` on a GPU."""
+    if args.amp and args.amp_dtype == 'float16' and device.type == 'cuda':
+        return NativeScaler(device=device.type)
+    return None
+
+
+def create_optimizer(
+        args: argparse.Namespace,
+        student: nn.Module,
+        batch_size: float,
+        world_size: int,
+) -> torch.optim.Optimizer:
     """Creates timm's optimizer; without `--lr`, the rate follows from `--lr-base` and the global batch size."""
     if not args.lr:
-        global_batch_size = batch_size * args.world_size * max(1, args.grad_accum_steps)
+        global_batch_size = batch_size * world_size * max(1, args.grad_accum_steps)
         ratio = global_batch_size / args.lr_base_size
         adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
         scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
@@ -46,22 +76,20 @@ def create_run_teacher(
         args: argparse.Namespace,
         kd: KDSettings | None,
         data_config: dict[str, Any],
-        device: torch.device,
+        process: Process,
 ) -> Teacher | TeacherEnsemble | None:
     """Loads the teacher that the flags name, if they do; it draws nothing from the training's random streams."""
     if kd is None or kd.teacher is None:
         return None
-    if args.distributed and args.rank != 0:
-        torch.distributed.barrier()  # one download: the others read rank 0's cache
-    with preserved_random_state():
-        teacher = create_teacher(
+    with process.primary_first(), preserved_random_state():  # one download, into the cache that the others read
+        return create_teacher(
             kd.teacher,
             num_classes=args.num_classes,
             mean=data_config['mean'],
             std=data_config['std'],
             in_chans=data_config['input_size'][0],
             img_size=args.teacher_img_size,
-            device=device,
+            device=process.device,
             dtype=kd.teacher_dtype,
             model=args.teacher_model,
             model_kwargs=args.teacher_kwargs,
@@ -70,9 +98,6 @@ def create_run_teacher(
             class_map_missing=args.teacher_class_map_missing,
             compile_backend=args.teacher_compile,
         )
-    if args.distributed and args.rank == 0:
-        torch.distributed.barrier()
-    return teacher
 
 
 def create_task(
@@ -82,7 +107,7 @@ def create_task(
         teacher: Teacher | TeacherEnsemble | None,
         optimizer: torch.optim.Optimizer,
         mixup_active: bool,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
 ) -> TrainingTask:
     """Makes timm's classification task, or `KDTask`, on the criterion that timm's script would use."""
@@ -96,9 +121,8 @@ def create_task(
         bce_sum=args.bce_sum if loss_type == 'bce' else False,
         jsd_splits=args.aug_splits,
     )
-    primary = args.rank == 0
     if kd is None:
-        return ClassificationTask(student, criterion, device=device, dtype=dtype, verbose=primary)
+        return ClassificationTask(student, criterion, device=process.device, dtype=dtype, verbose=process.primary)
     second_order = getattr(optimizer, 'is_second_order', False)
     kd_loss = create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters)
     return KDTask(
@@ -110,9 +134,9 @@ def create_task(
         task_loss_weight=kd.task_loss_weight,
         distill_loss_weight=kd.distill_loss_weight,
         warmup_epochs=kd.warmup_epochs,
-        device=device,
+        device=process.device,
         dtype=dtype,
-        verbose=primary,
+        verbose=process.primary,
     )
 
 
@@ -187,7 +211,4 @@ def loop_settings(args: argparse.Namespace, start_epoch: int, num_epochs: int, e
         eval_ema=not args.model_ema_force_cpu,
         dist_bn=args.dist_bn,
         tta=args.tta,
-        distributed=args.distributed,
-        world_size=args.world_size,
-        rank=args.rank,
     )

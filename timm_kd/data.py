@@ -19,7 +19,7 @@ from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
-from .errors import UsageError, few, shortened
+from .errors import CommandError, UsageError, few, shortened
 from .replay import ReplayBatchSampler, ReplayMixup, make_replayable
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _READ_ERRORS = (
 )
 
 
-class UnreadableImages(RuntimeError):
+class UnreadableImages(CommandError, RuntimeError):
     """Images of the data set cannot be read; training cannot go on.
 
     A `DataLoader` raises an error of a worker process again with the worker's traceback before its message; the message

@@ -1,7 +1,9 @@
 """The error that a user can mend, and what makes its sentence: the nearest name, one line, why the Hub said no."""
 import difflib
 import math
+import signal
 from collections.abc import Iterable
+from enum import IntEnum
 
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,8 +24,25 @@ UNSAFE = (
 _LOG_IN = '`hf auth login` (or HF_TOKEN) logs you in'
 
 
-class UsageError(ValueError):
-    """A command line, file or data set that cannot work; the script prints its message and exits with 2."""
+class ExitCode(IntEnum):
+    """How the command lines of this project end."""
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    NON_FINITE = 3
+    NOT_PUSHED = 4
+    INTERRUPTED = 128 + signal.SIGINT
+    TERMINATED = 128 + signal.SIGTERM
+
+
+class CommandError(Exception):
+    """An error that ends a command with its message on one line, and with its exit code."""
+    exit_code = ExitCode.FAILED
+
+
+class UsageError(CommandError, ValueError):
+    """A command line, file or data set that cannot work."""
+    exit_code = ExitCode.USAGE
 
 
 def shortened(error: Exception, most: int = 300) -> str:

@@ -11,15 +11,20 @@ from timm.task import TrainingTask
 from timm.utils import NativeScaler, distribute_bn
 from torch.utils.data import DataLoader, IterableDataset
 
-from .checkpoint import AtomicSaver, ema_random_state, set_ema_random_state
 from .data import TrainData
 from .engine import Progress, StepSettings, train_one_epoch, validate
 from .logs import RunLog
-from .meters import Agreement, NonFiniteLoss, StepTotals, create_evaluator
-from .rank_state import gather_rank_states, restore_rank_state, restored_totals
-from .runtime import SkippedSteps
-from .stop import AgreedStop
-from .summary import Summary
+from .meters import Agreement, NonFiniteLoss, SkippedSteps, StepTotals, create_evaluator
+from .process import AgreedStop, Process
+from .run.checkpoint import AtomicSaver
+from .run.record import Summary
+from .run.resume import (
+    ema_random_state,
+    gather_rank_states,
+    restore_rank_state,
+    restored_totals,
+    set_ema_random_state,
+)
 from .task import KDTask
 from .teacher_cache import CachedTeacher
 
@@ -41,9 +46,6 @@ class LoopSettings:
     eval_ema: bool = True
     dist_bn: str = ''
     tta: int = 0
-    distributed: bool = False
-    world_size: int = 1
-    rank: int = 0
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Loop:
         eval_loader: Validation loader, or None.
         steps: How a batch becomes an update.
         settings: What the epochs are like.
+        process: The process that trains.
         log: Where reports go.
         run_id: Names the run in its checkpoints.
         loss_scaler: timm's, under float16 AMP.
@@ -72,6 +75,7 @@ class Loop:
     eval_loader: DataLoader | None
     steps: StepSettings
     settings: LoopSettings
+    process: Process
     log: RunLog
     run_id: str
     loss_scaler: NativeScaler | None = None
@@ -84,7 +88,7 @@ class Loop:
     def __post_init__(self):
         self.first_batch = 0
         self.totals = StepTotals(self.steps.device)
-        self.stop = AgreedStop(self.settings.distributed)
+        self.stop = AgreedStop(self.process)
         self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
         self._trained_ranks = []
         teacher = getattr(self.task, 'teacher', None)
@@ -98,7 +102,7 @@ class Loop:
             same_epoch: The run continues inside the checkpoint's epoch.
         """
         set_ema_random_state(self.task, state.get('ema_random'))
-        rank, world_size = self.settings.rank, self.settings.world_size
+        rank, world_size = self.process.rank, self.process.world_size
         restore_rank_state(self.task, state.get('ranks', []), rank, world_size)
         if same_epoch:
             self.first_batch = self._place_in_epoch(state['batch'], state['batches'])
@@ -168,8 +172,10 @@ class Loop:
         if self.skipped is not None and self.skipped.count_update() >= SKIPPED_STEPS_ALLOWED:
             self.totals.check_finite(progress.epoch)
             raise NonFiniteLoss(
-                f'epoch {progress.epoch}, batch {progress.batch_idx}: the gradients are not finite, '
-                f'{SKIPPED_STEPS_ALLOWED} steps in a row were skipped')
+                progress.epoch,
+                progress.batch_idx,
+                f'the gradients are not finite, {SKIPPED_STEPS_ALLOWED} steps in a row were skipped',
+            )
         if self.log.is_due(progress):
             self._check_finite(progress.epoch)
             self.log.train(progress, self.totals, self._lr())
@@ -202,7 +208,7 @@ class Loop:
             self.stop.leave(f'epoch {epoch}, {"validation" if trained else f"update {update_idx}"}')
 
     def _gather_ranks(self) -> list[dict[str, Any]]:
-        return gather_rank_states(self.task, self.totals, self.settings.distributed)
+        return gather_rank_states(self.task, self.totals, self.process)
 
     def _run_state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -215,7 +221,7 @@ class Loop:
     def _finish_epoch(self, epoch: int) -> None:
         """Validates, writes the summary's row and saves, in timm's order."""
         settings = self.settings
-        train_metrics = self.totals.averages(settings.world_size)
+        train_metrics = self.totals.averages(self.process.world_size)
         completed = epoch + 1
         if completed % settings.val_interval and completed != settings.num_epochs:
             _logger.info(f'Skipping eval for epoch: {epoch}')
@@ -248,9 +254,9 @@ class Loop:
         return sum(rates) / len(rates)
 
     def _distribute_bn(self, model: torch.nn.Module) -> None:
-        if self.settings.distributed and self.settings.dist_bn in ('broadcast', 'reduce'):
+        if self.process.distributed and self.settings.dist_bn in ('broadcast', 'reduce'):
             _logger.info('Distributing BatchNorm running means and vars')
-            distribute_bn(model, self.settings.world_size, self.settings.dist_bn == 'reduce')
+            distribute_bn(model, self.process.world_size, self.settings.dist_bn == 'reduce')
 
     def _validate(self, epoch: int) -> dict[str, float]:
         """Returns the metrics of the student, or of its EMA where there is one on the device."""
@@ -264,7 +270,7 @@ class Loop:
         evaluator = create_evaluator(self.task, self.eval_loader)
         report = self.log.validation(evaluator, len(self.eval_loader) - 1, name)
         # A stream may have more batches for one rank than for another, so that they could not agree.
-        can_stop = not (self.settings.distributed and isinstance(self.eval_loader.dataset, IterableDataset))
+        can_stop = not (self.process.distributed and isinstance(self.eval_loader.dataset, IterableDataset))
         agreement = None
         if self.teacher_predictions is not None:
             agreement = Agreement(self.teacher_predictions, self.eval_loader)
@@ -282,11 +288,11 @@ class Loop:
             evaluator,
             self.steps,
             tta=self.settings.tta,
-            distributed=self.settings.distributed,
+            distributed=self.process.distributed,
             on_batch=on_batch,
         )
         if agreement is not None:
-            metrics['agreement'] = agreement.percent(self.settings.distributed)
+            metrics['agreement'] = agreement.percent(self.process.distributed)
         return metrics
 
 

@@ -1,11 +1,23 @@
 """What is counted during an epoch, on the device and without waiting for it."""
+from functools import wraps
+from typing import Any
+
 import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import reduce_tensor
 
+from .errors import CommandError, ExitCode
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite; the message names epoch, batch and component."""
+
+class NonFiniteLoss(CommandError, ArithmeticError):
+    """The loss or the gradients became NaN or infinite."""
+    exit_code = ExitCode.NON_FINITE
+
+    def __init__(self, epoch: int, batch_idx: int, what: str):
+        super().__init__(
+            f'epoch {epoch}, batch {batch_idx}: {what}. Nothing was saved after it: lower --lr, set --clip-grad, or '
+            'use bfloat16.'
+        )
 
 
 class StepTotals:
@@ -77,7 +89,7 @@ class StepTotals:
             return
         # Sums come after their parts: the last name with the smallest batch index is the most specific one.
         component = min(reversed(bad), key=bad.get)
-        raise NonFiniteLoss(f'epoch {epoch}, batch {bad[component]}: {component} is not finite')
+        raise NonFiniteLoss(epoch, bad[component], f'{component} is not finite')
 
     def state_dict(self) -> dict:
         """Returns the running sums for a recovery checkpoint."""
@@ -88,6 +100,33 @@ class StepTotals:
         self._start(tuple(state['names']))
         self.sums += torch.tensor(state['sums'], dtype=self.dtype, device=self.device)
         self.count = state['count']
+
+
+class SkippedSteps:
+    """Counts optimizer steps in a row that a loss scaler skipped, without asking the device.
+
+    Args:
+        optimizer: Its `step` is called by the scaler only when the gradients are finite.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.in_a_row = 0
+        self._stepped = False
+        step = optimizer.step
+
+        # No hook: an optimizer that wraps another (timm's Lookahead) does not call hooks.
+        @wraps(step)
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
+            self._stepped = True
+            return step(*args, **kwargs)
+
+        optimizer.step = counted_step
+
+    def count_update(self) -> int:
+        """Returns how many updates in a row were skipped, the one just made included."""
+        self.in_a_row = 0 if self._stepped else self.in_a_row + 1
+        self._stepped = False
+        return self.in_a_row
 
 
 class Predictions:

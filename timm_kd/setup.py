@@ -8,12 +8,13 @@ from torch.utils.data import DataLoader
 
 from .data import DataConfig, TrainData, create_datasets, create_eval_loader, create_train_data
 from .errors import UsageError
+from .process import Process
 
 
 def create_data(
         args: argparse.Namespace,
         data_config: DataConfig,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
 ) -> tuple[TrainData, DataLoader | None]:
     """Create the training data and the validation loader, None without a validation split (`--val-split ''`).
@@ -22,10 +23,10 @@ def create_data(
         UsageError: If the data cannot be found or does not fit the flags.
     """
     train_set, eval_set = create_datasets(**dataset_kwargs(args, data_config))
-    data = create_train_data(train_set, **train_data_kwargs(args, data_config, device, dtype))
+    data = create_train_data(train_set, **train_data_kwargs(args, data_config, process, dtype))
     if eval_set is None:
         return data, None
-    return data, create_eval_loader(eval_set, **eval_loader_kwargs(args, data_config, device, dtype))
+    return data, create_eval_loader(eval_set, **eval_loader_kwargs(args, data_config, process, dtype))
 
 
 def dataset_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def dataset_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[st
 def train_data_kwargs(
         args: argparse.Namespace,
         data_config: DataConfig,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return the keywords of `create_train_data`."""
@@ -64,7 +65,7 @@ def train_data_kwargs(
         replay_seed=args.seed if args.replayable_data else None,
         replay_epochs=args.teacher_cache_epochs,
         **augmentation_settings(args, data_config),
-        **_loading_kwargs(args, data_config, device, dtype),
+        **_loading_kwargs(args, data_config, process, dtype),
     )
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
         keywords['mixup'] = dict(
@@ -95,7 +96,7 @@ def train_data_kwargs(
 def eval_loader_kwargs(
         args: argparse.Namespace,
         data_config: DataConfig,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return the keywords of `create_eval_loader`."""
@@ -104,9 +105,9 @@ def eval_loader_kwargs(
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
         replayable=args.replayable_data,
-        **_loading_kwargs(args, data_config, device, dtype),
+        **_loading_kwargs(args, data_config, process, dtype),
     )
-    if args.distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
+    if process.distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
         keywords['num_workers'] = min(2, args.workers)  # sharded readers: few workers keep the padding small
     return keywords
 
@@ -159,7 +160,7 @@ def image_mode(args: argparse.Namespace, channels: int) -> str:
 def _loading_kwargs(
         args: argparse.Namespace,
         data_config: DataConfig,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return the keywords of `timm.data.create_loader` that both splits share."""
@@ -168,9 +169,9 @@ def _loading_kwargs(
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=args.workers,
-        distributed=args.distributed,
+        distributed=process.distributed,
         pin_memory=args.pin_mem,
         img_dtype=dtype or torch.float32,
-        device=device,
+        device=process.device,
         use_prefetcher=not args.no_prefetcher,
     )

@@ -16,6 +16,7 @@ from torch import nn
 
 from .errors import UsageError, explain, shortened
 from .files import load_file
+from .process import Process
 from .student_checks import check_forward, check_pretrained
 from .teacher.locate import nearest_model
 
@@ -30,9 +31,8 @@ _BUILD_ERRORS = (
 
 def create_student(
         args: argparse.Namespace,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
-        primary: bool = True,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Creates the student on its device, and the data configuration that its images follow.
 
@@ -55,23 +55,23 @@ def create_student(
             args.num_classes = model.num_classes
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
-        data_config = resolve_input_data_config(model, vars(args), verbose=primary)
+        data_config = resolve_input_data_config(model, vars(args), verbose=process.primary)
     except UsageError:
         raise
     except _BUILD_ERRORS as error:
         raise UsageError(_why_not_built(args, error)) from error
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    model.to(device=device, dtype=dtype)
+    model.to(device=process.device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     check_forward(model, args, data_config['input_size'])
-    if args.distributed and args.sync_bn:
+    if process.distributed and args.sync_bn:
         args.dist_bn = ''  # synchronised statistics need no further distribution
         model = convert_sync_batchnorm(model)
     if args.torchscript:
         model = torch.jit.script(model)
-    if primary:
+    if process.primary:
         _logger.info(f'Model {args.model} created, param count: {sum(p.numel() for p in model.parameters())}')
     return model, data_config
 

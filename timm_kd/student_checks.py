@@ -10,7 +10,7 @@ from torch import nn
 from .cli import resolve_kd
 from .cli.messages import as_given
 from .errors import UsageError, few, shortened
-from .random_state import preserved_random_state
+from .process import preserved_random_state
 
 # timm leaves random what a file does not name; up to here it may be that the user wants it so.
 _LARGEST_RANDOM_SHARE = 0.9

@@ -5,7 +5,7 @@ import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from timm.models import safe_model_name
@@ -14,35 +14,32 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .build import (
     count_epochs,
+    create_loss_scaler,
     create_optimizer,
     create_run_teacher,
     create_scheduler,
     create_task,
     loop_settings,
+    model_dtype,
     step_settings,
 )
-from .checkpoint import AtomicSaver, CheckpointWriteError, resume
 from .cli import parse_args, resolve_kd
-from .data import UnreadableImages, class_names, create_eval_loader
+from .data import class_names, create_eval_loader
 from .engine import evaluate_teacher
 from .errors import UsageError
 from .files import write_atomically
-from .hub import PushError, check_access, push_run
+from .hub import check_access, push_run
 from .logs import RunLog, setup_logging
 from .loop import Loop, print_results
-from .meters import NonFiniteLoss
-from .random_state import preserved_random_state
-from .record import RunRecord
-from .resume import find_start
-from .runtime import EXIT_SIGTERM, Terminated, create_loss_scaler, model_dtype, setup_device
+from .process import ending, preserved_random_state, setup_process
+from .run.checkpoint import AtomicSaver
+from .run.record import RunRecord, Summary
+from .run.resume import find_start, resume
 from .setup import create_data, eval_loader_kwargs
 from .student import create_student
-from .summary import Summary
 from .teacher_cache.setup import open_cached_teacher
 
 _logger = logging.getLogger('train')
-
-EXIT_FAILURE, EXIT_USAGE, EXIT_NON_FINITE, EXIT_NOT_PUSHED = 1, 2, 3, 4
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,62 +49,46 @@ def main(argv: list[str] | None = None) -> None:
         argv: Arguments without the program's name; those of the process when None.
 
     Raises:
-        SystemExit: 1 for a checkpoint that cannot be written or images that cannot be read, 2 for a usage error, 3 for
-            a non-finite loss, 4 when the trained student could not be pushed, 143 after SIGTERM, with a recovery
-            checkpoint on disk.
+        SystemExit: With an `ExitCode`, where the run did not come to its end.
     """
     argv = sys.argv[1:] if argv is None else argv
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
-    args, args_text = parse_args(argv)
-    try:
+    with ending('train-kd'):
+        args, args_text = parse_args(argv)
         run(args, args_text, argv)
-    except UsageError as error:
-        _exit(EXIT_USAGE, str(error))
-    except NonFiniteLoss as error:
-        _exit(EXIT_NON_FINITE, f'{error}. Nothing was saved after it: lower --lr, set --clip-grad, or use bfloat16.')
-    except PushError as error:
-        _exit(EXIT_NOT_PUSHED, str(error))
-    except (CheckpointWriteError, UnreadableImages) as error:
-        _exit(EXIT_FAILURE, str(error))
-    except Terminated as stopped:
-        _exit(EXIT_SIGTERM, f'SIGTERM: stopped in {stopped}; --resume auto goes on from there.')
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    print(f'train-kd: error: {message}', file=sys.stderr)
-    raise SystemExit(code) from None
 
 
 def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     """Builds everything that the flags name, trains, and prints the results."""
     _check_output(args)
-    device = setup_device(args, device_given=any(word.split('=')[0] == '--device' for word in argv))
-    primary = args.rank == 0
+    device_given = any(word.split('=')[0] == '--device' for word in argv)
+    process = setup_process(args.device, device_given, args.device_modules)
+    device, primary = process.device, process.primary
     if args.push_to_hub and primary:
         try:
             check_access(args.push_to_hub, private=args.hub_private, revision=args.hub_revision)
         except UsageError as error:
             raise UsageError(f'--push-to-hub {error}') from None
     dtype = model_dtype(args)
-    random_seed(args.seed, args.rank)
+    random_seed(args.seed, process.rank)
 
-    student, data_config = create_student(args, device, dtype, primary)
+    student, data_config = create_student(args, process, dtype)
     kd = resolve_kd(args)
-    data, eval_loader = create_data(args, data_config, device, dtype)
-    _check_tta(args, eval_loader)
-    optimizer = create_optimizer(args, student, data.reference_batch_size)
+    data, eval_loader = create_data(args, data_config, process, dtype)
+    _check_tta(args, eval_loader, process.world_size)
+    optimizer = create_optimizer(args, student, data.reference_batch_size, process.world_size)
     loss_scaler = create_loss_scaler(args, device)
     output_dir = _output_dir(args, data_config) if primary else None
-    start = find_start(args, output_dir)
+    start = find_start(
+        args.resume, output_dir, process, replayable=args.replayable_data, start_epoch=args.start_epoch)
+    if start.path is not None and args.sched == 'plateau':
+        _logger.warning('--sched plateau: timm saves no state of it, so this is no exact continuation.')
     if args.teacher_cache:
         epochs = range(start.epoch, count_epochs(args, len(data.loader)))
-        teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype, epochs)
+        teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, process, dtype, epochs)
     else:
-        teacher = create_run_teacher(args, kd, data_config, device)
-    task = create_task(args, kd, student, teacher, optimizer, data.mixup_active, device, dtype)
+        teacher = create_run_teacher(args, kd, data_config, process)
+    task = create_task(args, kd, student, teacher, optimizer, data.mixup_active, process, dtype)
     if args.model_ema:
         task.setup_ema(
             decay=args.model_ema_decay,
@@ -132,7 +113,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         eval_loader=eval_loader,
         steps=step_settings(args, device, dtype, data.reference_batch_size),
         settings=loop_settings(args, start.epoch, num_epochs, eval_metric),
-        log=_create_log(args, output_dir),
+        process=process,
+        log=_create_log(args, output_dir, process.world_size),
         run_id=start.run_id,
         loss_scaler=loss_scaler,
         lr_scheduler=lr_scheduler,
@@ -173,7 +155,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if args.distributed:
+    if process.distributed:
         task.prepare_distributed(
             device_ids=None if device.type == 'cpu' else [device],
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}),
@@ -208,11 +190,11 @@ def _check_output(args: argparse.Namespace) -> None:
         raise UsageError(f'--output {output}: {existing} cannot be written to.')
 
 
-def _check_tta(args: argparse.Namespace, eval_loader: DataLoader | None) -> None:
+def _check_tta(args: argparse.Namespace, eval_loader: DataLoader | None, world_size: int) -> None:
     """timm averages the outputs of neighbours, and cannot where the last batch leaves some over."""
     if not args.tta or eval_loader is None or isinstance(eval_loader.dataset, IterableDataset):
         return
-    num_images = -(-len(eval_loader.dataset) // args.world_size)
+    num_images = -(-len(eval_loader.dataset) // world_size)
     if num_images % args.tta:
         raise UsageError(
             f'--tta {args.tta}: the {num_images} images of --val-split {args.val_split} are no multiple of it, take '
@@ -249,14 +231,14 @@ def _evaluate_teacher(
     """Evaluates the teacher by a loader of its own, which changes no draw of the training."""
     def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
         with preserved_random_state():
-            options = eval_loader_kwargs(args, data_config, loop.steps.device, loop.steps.dtype)
+            options = eval_loader_kwargs(args, data_config, loop.process, loop.steps.dtype)
             loader = create_eval_loader(loop.eval_loader.dataset, **options, persistent_workers=False)
-            return evaluate_teacher(loop.task, loader, loop.steps, args.distributed)
+            return evaluate_teacher(loop.task, loader, loop.steps, loop.process.distributed)
 
     return loop.task.teacher.validation(evaluate) if args.teacher_cache else evaluate()
 
 
-def _create_log(args: argparse.Namespace, output_dir: str | None) -> RunLog:
+def _create_log(args: argparse.Namespace, output_dir: str | None, world_size: int) -> RunLog:
     wandb_options = None
     if args.log_wandb and output_dir is not None:
         wandb_options = dict(
@@ -270,7 +252,7 @@ def _create_log(args: argparse.Namespace, output_dir: str | None) -> RunLog:
     return RunLog(
         output_dir,
         args.log_interval,
-        args.world_size,
+        world_size,
         save_images=args.save_images,
         tensorboard=args.log_tensorboard,
         wandb_options=wandb_options,

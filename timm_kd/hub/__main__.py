@@ -2,14 +2,20 @@
 
 import argparse
 import logging
-import sys
 
-from ..errors import UsageError
-from . import PushError, push_run
+from ..process import ending
+from . import push_run
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0 done, 2 usage, 4 the push failed."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process when None.
+
+    Raises:
+        SystemExit: With an `ExitCode`, where the push failed.
+    """
     parser = argparse.ArgumentParser(prog='python -m timm_kd.hub', description=__doc__)
     push = parser.add_subparsers(dest='command', required=True).add_parser('push', help='push a run to the Hub')
     push.add_argument('run_dir', metavar='RUN_DIR', help='output folder of a run')
@@ -23,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_kd').setLevel(logging.INFO)
-    try:
-        url = push_run(
+    with ending('timm_kd.hub'):
+        print(push_run(
             args.run_dir,
             args.repo_id,
             private=args.private,
@@ -33,13 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             license=args.license,
             dataset=args.dataset,
             dry_run=args.dry_run,
-        )
-    except (UsageError, PushError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 4
-    print(url)
-    return 0
+        ))
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

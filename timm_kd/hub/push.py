@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
-from ..errors import UsageError
+from ..errors import CommandError, ExitCode, UsageError
 from ..version import __version__
 from .card import Publication
 from .export import export_run
@@ -27,8 +27,9 @@ _ADVICE = {
 }
 
 
-class PushError(RuntimeError):
+class PushError(CommandError, RuntimeError):
     """A trained student that did not reach the Hub: its folder is ready, and the message says how to try again."""
+    exit_code = ExitCode.NOT_PUSHED
 
 
 def check_access(repo_id: str, private: bool = False, revision: str | None = None) -> None:

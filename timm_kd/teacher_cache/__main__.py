@@ -7,17 +7,12 @@
 import argparse
 import logging
 import os
-import sys
 
-import torch
-
-from ..data import UnreadableImages
-from ..errors import UsageError
+from ..errors import ExitCode, UsageError
 from ..logs import setup_logging
+from ..process import ending
 from .fill import fill
 from .inspect import describe, verify
-
-EXIT_FAILURE, EXIT_DIFFERENT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,13 +22,12 @@ def main(argv: list[str] | None = None) -> None:
         argv: Arguments without the program's name; those of the process when None.
 
     Raises:
-        SystemExit: 2 for a usage error, 1 where `verify` finds rows that differ or images cannot be read, 130 after
-            Ctrl-C.
+        SystemExit: With an `ExitCode`; `FAILED` where `verify` finds rows that differ.
     """
     options, further = _parser().parse_known_args(argv)
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
     logging.captureWarnings(True)
-    try:
+    with ending('timm_kd.teacher_cache', 'interrupted; what is stored stays, the same command goes on.'):
         if options.command == 'fill':
             fill(further, options.epochs_range)
         elif further and options.command == 'info':
@@ -41,19 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         elif options.command == 'info':
             print(describe(options.folder))
         elif not verify(options.folder, further, options.batches):
-            raise SystemExit(EXIT_DIFFERENT)
-    except UsageError as error:
-        print(f'timm_kd.teacher_cache: error: {error}', file=sys.stderr)
-        raise SystemExit(EXIT_USAGE) from None
-    except UnreadableImages as error:
-        print(f'timm_kd.teacher_cache: error: {error}', file=sys.stderr)
-        raise SystemExit(EXIT_FAILURE) from None
-    except KeyboardInterrupt:
-        print('timm_kd.teacher_cache: interrupted; what is stored stays, the same command goes on', file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            raise SystemExit(ExitCode.FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..build import count_epochs, step_settings
+from ..build import count_epochs, model_dtype, step_settings
 from ..cli import parse_args, resolve_kd
 from ..data import TrainData
 from ..engine import StepSettings, evaluate_teacher
 from ..errors import UsageError
-from ..random_state import preserved_random_state
-from ..runtime import model_dtype, setup_device
+from ..process import Process, preserved_random_state, setup_process
 from ..setup import create_data
 from ..student import create_student
 from .cached_teacher import CachedTeacher
@@ -35,6 +34,7 @@ class TeacherRun:
     """The data side of a training run and its cached teacher, without the student."""
 
     args: argparse.Namespace
+    process: Process
     data: TrainData
     steps: StepSettings
     teacher: CachedTeacher
@@ -81,12 +81,13 @@ def open_run(
         raise UsageError('the flags of a training run are needed, --teacher SPEC and --teacher-cache DIR among them.')
     if live:
         args.teacher_cache_rebuild = False  # looking changes nothing
-    device = setup_device(args, device_given=any(word.split('=')[0] == '--device' for word in argv))
+    device_given = any(word.split('=')[0] == '--device' for word in argv)
+    process = setup_process(args.device, device_given, args.device_modules)
     dtype = model_dtype(args)
-    random_seed(args.seed, args.rank)
+    random_seed(args.seed, process.rank)
     # The student tells what its images are like, and is let go.
-    _, data_config = create_student(args, torch.device('cpu'), None, args.rank == 0)
-    data, eval_loader = create_data(args, data_config, device, dtype)
+    _, data_config = create_student(args, replace(process, device=torch.device('cpu')), None)
+    data, eval_loader = create_data(args, data_config, process, dtype)
     scheduled = range(count_epochs(args, len(data.loader)))
     epochs = scheduled if epochs is None else epochs
     if max(epochs) not in scheduled and not live:
@@ -94,9 +95,9 @@ def open_run(
             f'--epochs-range {min(epochs)} {max(epochs) + 1}: the flags schedule {len(scheduled)} epochs, raise '
             '--epochs.'
         )
-    teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, device, dtype, epochs, live)
-    steps = step_settings(args, device, dtype, data.reference_batch_size)
-    return TeacherRun(args, data, steps, teacher, eval_loader), epochs
+    teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, process, dtype, epochs, live)
+    steps = step_settings(args, process.device, dtype, data.reference_batch_size)
+    return TeacherRun(args, process, data, steps, teacher, eval_loader), epochs
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
     if epochs_range is not None and not 0 <= epochs_range[0] < epochs_range[1]:
         raise UsageError(f'--epochs-range {epochs_range[0]} {epochs_range[1]}: holds no epoch; the first is 0.')
     run, epochs = open_run(argv, None if epochs_range is None else range(*epochs_range))
-    teacher, primary = run.teacher, run.args.rank == 0
+    teacher, primary = run.teacher, run.process.primary
     teacher.must_store = True
     if teacher.teacher is None:
         return
@@ -125,7 +126,7 @@ def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
         epochs = sorted({epoch % run.args.teacher_cache_epochs for epoch in epochs})
     starts = {epoch: _first_absent(run, epoch) for epoch in epochs}
     batches = sum(run.num_batches - start for start in starts.values())
-    images_per_batch = run.args.batch_size * run.args.world_size
+    images_per_batch = run.args.batch_size * run.process.world_size
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Bar and log lines share a terminal; a file gets the lines alone.
@@ -167,4 +168,4 @@ def _evaluate(run: TeacherRun) -> tuple[list[dict[str, float]], torch.Tensor]:
     task = ClassificationTask(torch.nn.Identity(), device=run.steps.device, verbose=False)
     task.teacher = run.teacher
     with preserved_random_state():
-        return evaluate_teacher(task, run.eval_loader, run.steps, run.args.distributed)
+        return evaluate_teacher(task, run.eval_loader, run.steps, run.process.distributed)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ..cli import KDSettings
 from ..data import DataConfig, TrainData
 from ..errors import UsageError
+from ..process import Process
 from ..setup import augmentation_settings, image_mode
 from .fingerprint import fingerprint_dataset, fingerprint_teacher, hash_file
 from .folder import KEY_FILE, read_members
@@ -33,10 +34,10 @@ class Rows:
     count: int
 
 
-def rows_of(args: argparse.Namespace, data: TrainData) -> Rows:
+def rows_of(args: argparse.Namespace, data: TrainData, world_size: int) -> Rows:
     """Tell how the rows of a run are numbered."""
     by_position = data.mixup_active or bool(args.resplit and args.reprob)
-    return Rows(by_position, len(data.loader) * args.batch_size * args.world_size if by_position else len(data.dataset))
+    return Rows(by_position, len(data.loader) * args.batch_size * world_size if by_position else len(data.dataset))
 
 
 def cache_key(
@@ -45,7 +46,7 @@ def cache_key(
         data_config: DataConfig,
         data: TrainData,
         rows: Rows,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
 ) -> Key:
     """Collect everything that decides the pixels a row stands for, or the logits of those pixels."""
@@ -63,7 +64,7 @@ def cache_key(
             'prefetcher': not args.no_prefetcher,
             **_augmentation(args, data_config),
         },
-        'erasing_device': device.type if on_device and args.remode != 'const' else None,
+        'erasing_device': process.device.type if on_device and args.remode != 'const' else None,
         'teacher': _teacher_key(args, kd),
         'rows': {
             'by': 'position' if rows.by_position else 'sample',
@@ -74,7 +75,7 @@ def cache_key(
         },
     }
     if rows.by_position:
-        key['batches'] = {'batch_size': args.batch_size, 'world_size': args.world_size}
+        key['batches'] = {'batch_size': args.batch_size, 'world_size': process.world_size}
     if data.mixup_active:
         names = ['mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_mode', 'mixup_off_epoch']
         if args.mixup and (args.cutmix or args.cutmix_minmax):

@@ -15,9 +15,9 @@ from ..build import create_run_teacher
 from ..cli import KDSettings
 from ..data import DataConfig, TrainData
 from ..errors import UsageError
-from .cached_teacher import CachedTeacher, on_all_ranks
+from ..process import Process
+from .cached_teacher import CachedTeacher
 from .folder import CacheFolder, read_members
-from .key import Key
 from .layout import RowLayout
 from .run_key import cache_key, rows_of, validation_key
 
@@ -33,7 +33,7 @@ def open_cached_teacher(
         data_config: DataConfig,
         data: TrainData,
         eval_loader: DataLoader | None,
-        device: torch.device,
+        process: Process,
         dtype: torch.dtype | None,
         epochs: Sequence[int],
         live: bool = False,
@@ -47,7 +47,7 @@ def open_cached_teacher(
         data_config: timm's data config of the images.
         data: The training data, with a replayable loader.
         eval_loader: Validation loader, or None.
-        device: Device of the run.
+        process: The process that trains.
         dtype: Dtype of the images; None for float32.
         epochs: Epochs that the run will read.
         live: Load the live teacher in any case, to compare with what is stored.
@@ -58,14 +58,22 @@ def open_cached_teacher(
     check_supported(args)
     if data.mixup_active:
         _check_mixup_off(args, epochs)
-    rows = rows_of(args, data)
+    rows = rows_of(args, data, process.world_size)
     layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
-    key = cache_key(args, kd, data_config, data, rows, device, dtype)
+    key = cache_key(args, kd, data_config, data, rows, process, dtype)
     # Whether rows have to be thrown away depends on what the teacher says of itself, too.
     early = live or args.teacher_cache_rebuild
-    teacher = create_run_teacher(args, kd, data_config, device) if early else None
-    folder = _open_folder(args, key, rows.count, layout.row_bytes, None if teacher is None else teacher.fingerprint())
-    cached = CachedTeacher(folder, layout, data.loader.batch_sampler, rows.by_position, device, teacher)
+    teacher = create_run_teacher(args, kd, data_config, process) if early else None
+    with process.primary_first():  # rank 0 makes the folder, or clears it
+        folder = CacheFolder(
+            args.teacher_cache,
+            key,
+            rows.count,
+            layout.row_bytes,
+            rebuild=args.teacher_cache_rebuild and process.primary,
+            teacher=teacher.fingerprint() if teacher is not None and process.primary else None,
+        )
+    cached = CachedTeacher(folder, layout, data.loader.batch_sampler, rows.by_position, process.device, teacher)
     if eval_loader is not None and not args.no_teacher_eval:
         cached.validation_key = validation_key(args, data_config, eval_loader)
         cached.validation_loader = eval_loader
@@ -76,7 +84,7 @@ def open_cached_teacher(
     epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs}) if args.teacher_cache_epochs else epochs
     complete = folder.covers(epochs, cached.epoch_rows)
     members = read_members(folder.path)
-    if on_all_ranks(complete and cached.knows_validation() and members is not None):
+    if all(process.gather(complete and cached.knows_validation() and members is not None)):
         cached.teacher = None
         cached.members = [SimpleNamespace(**member) for member in members]
         _logger.info(f'Teacher cache {folder.path}: all rows are there, the teacher is not needed.')
@@ -84,11 +92,12 @@ def open_cached_teacher(
     if not complete:
         folder.check_space(epochs)
     if teacher is None:
-        teacher = create_run_teacher(args, kd, data_config, device)
-        if args.rank == 0:
+        teacher = create_run_teacher(args, kd, data_config, process)
+        if process.primary:
             folder.claim_teacher(teacher.fingerprint())
+        process.barrier()
     cached.teacher, cached.members = teacher, teacher.members
-    if args.rank == 0:
+    if process.primary:
         names = 'source', 'model_name', 'num_params'
         folder.describe(
             [{name: getattr(member, name) for name in names} for member in teacher.members],
@@ -125,23 +134,6 @@ def _check_mixup_off(args: argparse.Namespace, epochs: Sequence[int]) -> None:
             f'--teacher-cache-epochs {distinct}: the epochs after --mixup-off-epoch {off} have other images than the '
             'stored ones, leave out one of the two.'
         )
-
-
-def _open_folder(
-        args: argparse.Namespace,
-        key: Key,
-        num_rows: int,
-        row_bytes: int,
-        teacher: Key | None,
-) -> CacheFolder:
-    """Open the folder on all ranks: rank 0 makes it, or clears it, before the others come in."""
-    if args.rank != 0:
-        torch.distributed.barrier()
-        return CacheFolder(args.teacher_cache, key, num_rows, row_bytes)
-    folder = CacheFolder(args.teacher_cache, key, num_rows, row_bytes, args.teacher_cache_rebuild, teacher)
-    if args.distributed:
-        torch.distributed.barrier()
-    return folder
 
 
 def _from_anywhere(args_text: str) -> str:

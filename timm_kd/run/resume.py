@@ -1,0 +1,237 @@
+"""Where a run starts, and all that a run takes up from the checkpoint of another one.
+
+A run of two ranks on the CPU that is resumed ends bit for bit as the uninterrupted one. Of three and more, the
+update after a resume may differ by rounding: DDP lays its gradient buckets out anew after its first backward, and the
+order of a sum of three follows the layout.
+"""
+import logging
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import unwrap_model
+
+from ..errors import UsageError, shortened
+from ..files import load_file
+from ..meters import StepTotals
+from ..process import Process, get_random_state, set_random_state
+from .checkpoint import find_recoveries
+from .record import read_run_id
+
+_logger = logging.getLogger('train')
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a run starts.
+
+    Args:
+        run_id: Names the run, over all its interruptions.
+        path: The checkpoint that it continues from, or None.
+        state: The run state of that checkpoint; empty for a checkpoint of timm's script.
+        epoch: The first epoch to train.
+        same_epoch: Whether the checkpoint stands inside that epoch.
+        in_place: Whether the run goes on in the checkpoint's own folder.
+    """
+    run_id: str
+    path: str | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+    same_epoch: bool = False
+    in_place: bool = False
+
+
+def find_start(
+        source: str,
+        output_dir: str | None,
+        process: Process,
+        *,
+        replayable: bool = False,
+        start_epoch: int | None = None,
+) -> StartPoint:
+    """Find where a run starts: at its beginning, or where another run stopped.
+
+    Args:
+        source: The checkpoint to continue from, as `--resume` names it: a path, 'auto' or ''.
+        output_dir: The run's folder, in the primary process.
+        process: The process; all of a group start at the same place.
+        replayable: Whether the data of an epoch can be taken up in its middle.
+        start_epoch: The epoch to start with, whatever the checkpoint says.
+
+    Raises:
+        UsageError: If the checkpoint cannot be read.
+    """
+    run_id, path, in_place = process.gather(_locate(source, output_dir, replayable) if process.primary else None)[0]
+    state, epoch, same_epoch = {}, 0, False
+    if path is not None:
+        checkpoint = read_checkpoint(path)
+        state, epoch = run_state_of(checkpoint), next_epoch(checkpoint)
+        if 'batch' in state and (replayable or state['epoch_trained']):
+            epoch, same_epoch = checkpoint['epoch'], True
+        elif 'batch' in state:
+            _logger.warning(
+                f'--resume {path} stands inside epoch {checkpoint["epoch"]}, and without --replayable-data the rest of '
+                'its batches is unknown: as in timm, training goes on with the next epoch.')
+    if start_epoch is not None:
+        epoch, same_epoch = start_epoch, False
+    return StartPoint(run_id, path, state, epoch, same_epoch, in_place)
+
+
+def _locate(source: str, output_dir: str, replayable: bool) -> tuple[str, str | None, bool]:
+    """Return the run's id, the checkpoint that it continues from, and whether that one lies in the run's own folder."""
+    known_id = read_run_id(output_dir)
+    path = source or None
+    if source == 'auto':
+        found = find_resume_point(output_dir, known_id, replayable)
+        path = None if found is None else str(found)
+        _logger.info(f'--resume auto: {"a fresh run" if path is None else f"going on from {path}"}.')
+    in_place = path is not None and Path(path).resolve().parent == Path(output_dir).resolve()
+    return known_id if in_place and known_id else uuid.uuid4().hex, path, in_place
+
+
+def read_checkpoint(path: str | Path, flag: str = '--resume') -> dict[str, Any]:
+    """Reads a training checkpoint without running any code in it; tensors stay on disk until they are used.
+
+    Raises:
+        UsageError: If there is no such file, or it is truncated, no checkpoint, or would run code.
+    """
+    checkpoint = load_file(path, flag, mmap=True)
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f'{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint.')
+    return checkpoint
+
+
+def run_state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Returns the run state that `AtomicSaver` put into a checkpoint; empty for a checkpoint of timm's script."""
+    return (checkpoint.get('saver') or {}).get('run_state') or {}
+
+
+def find_resume_point(folder: str | Path, run_id: str | None, replayable: bool) -> Path | None:
+    """Finds the checkpoint that is furthest into the run of this folder: `last.pth.tar` or its newest recovery file.
+
+    Args:
+        folder: The experiment's folder.
+        run_id: The run that the folder belongs to; files of another run are passed over with a warning. None when
+            timm's script wrote the folder.
+        replayable: Whether the data of an epoch can be taken up in its middle. Where it cannot, a recovery file
+            counts only if its epoch's training was complete.
+    """
+    def furthest(paths: list[Path]) -> tuple[Path | None, int]:
+        for path in reversed(paths):
+            checkpoint = read_checkpoint(path, '--resume auto:')
+            state = run_state_of(checkpoint)
+            if run_id and state.get('run_id') != run_id:
+                _logger.warning(f'--resume auto: {path} is of another run in the same folder; passed over.')
+            elif 'batch' not in state or replayable or state['epoch_trained']:
+                return path, checkpoint['epoch']
+        return None, -1
+
+    last, last_epoch = furthest([path for path in [Path(folder, 'last.pth.tar')] if path.exists()])
+    recovery, recovery_epoch = furthest(find_recoveries(folder))
+    return recovery if recovery_epoch > last_epoch else last
+
+
+def next_epoch(checkpoint: dict[str, Any]) -> int:
+    """Returns the epoch that follows a checkpoint of this script or of timm's; 0 when it holds weights alone."""
+    # timm's first format counted the epoch up before saving.
+    return checkpoint['epoch'] + (checkpoint.get('version', 0) > 1) if 'epoch' in checkpoint else 0
+
+
+def resume(
+        task: TrainingTask,
+        path: str | Path,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss_scaler: Any = None,
+) -> None:
+    """Loads a checkpoint of this script or of timm's into the task, its EMA, the optimizer and the loss scaler.
+
+    Raises:
+        UsageError: If the checkpoint does not fit the model.
+    """
+    try:
+        resume_task_checkpoint(task, str(path), optimizer, loss_scaler)
+        if task.has_ema():
+            load_task_ema_checkpoint(task, str(path))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f'--resume {path}: does not fit --model and --opt ({shortened(error)}).') from error
+
+
+def ema_random_state(task: TrainingTask) -> torch.Tensor | None:
+    """Returns the state of the EMA's private generator (timm rounds a bfloat16 EMA stochastically), if there is one."""
+    ema = task.get_trainable_module(ema=True)
+    return ema._sr_generator.get_state() if hasattr(ema, '_sr_generator') else None
+
+
+def set_ema_random_state(task: TrainingTask, state: torch.Tensor | None) -> None:
+    """Sets what `ema_random_state` returned."""
+    ema = task.get_trainable_module(ema=True)
+    if state is not None and hasattr(ema, '_sr_generator'):
+        ema._sr_generator.set_state(state)
+
+
+def gather_rank_states(task: TrainingTask, totals: StepTotals, process: Process) -> list[dict[str, Any]]:
+    """Returns what each rank has for itself, in rank order; every rank must call it.
+
+    Each entry has `random` (the random streams), `totals` (the sums of the epoch so far) and `buffers`: those of the
+    model and of its EMA that are not the same on all ranks. Batch norm's running statistics follow a rank's own images
+    until `--dist-bn` evens them out, for the EMA not before it is validated; an EMA that took up rank 0's alone would
+    be another one from there on.
+    """
+    if not process.distributed:
+        return [{'random': get_random_state(), 'totals': totals.state_dict(), 'buffers': {}}]
+    buffers = {name: buffer.cpu() for name, buffer in _buffers(task).items()}
+    state = {'random': get_random_state(), 'totals': totals.state_dict(), 'buffers': buffers}
+    states = process.gather(state)
+    for name, buffer in buffers.items():
+        if all(torch.equal(other['buffers'][name], buffer) for other in states):
+            for other in states:
+                del other['buffers'][name]
+    return states
+
+
+def restore_rank_state(task: TrainingTask, states: list[dict[str, Any]], rank: int, world_size: int) -> None:
+    """Gives a rank its random streams and its buffers back.
+
+    Where the number of ranks is another one, a rank keeps the checkpoint's buffers, which are rank 0's, and a rank that
+    was not there before keeps the random streams that `--seed` gave it.
+    """
+    if states and len(states) != world_size:
+        _logger.warning(
+            f'--resume: the checkpoint is of {len(states)} processes, this run has {world_size}: it goes on from the '
+            'same place, but not as the same run would.')
+    elif states:
+        buffers = _buffers(task)
+        for name, value in states[rank]['buffers'].items():
+            if name in buffers:  # an EMA may have been left out since
+                buffers[name].copy_(value)
+    if rank < len(states):
+        set_random_state(states[rank]['random'])
+
+
+def restored_totals(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """Returns the sums that a rank goes on with: its own, or an even share where the number of ranks is another one."""
+    totals = [state['totals'] for state in states]
+    if len(totals) == world_size:
+        return totals[rank]
+    sums = zip(*(each['sums'] for each in totals), strict=True)
+    return {
+        'names': totals[0]['names'],
+        'sums': [sum(parts) / world_size for parts in sums],
+        'count': sum(each['count'] for each in totals) / world_size,
+    }
+
+
+def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
+    """Returns the buffers that checkpoints hold, of the model and of its EMA."""
+    found = {}
+    for part, ema in (('model', False), ('ema', True)):
+        module = task.get_trainable_module(ema=ema)
+        if module is not None:
+            saved = unwrap_model(module).state_dict()
+            for name, buffer in unwrap_model(module).named_buffers():
+                if name in saved:
+                    found[f'{part}.{name}'] = buffer
+    return found
