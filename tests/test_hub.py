@@ -164,8 +164,13 @@ def run_hub_command(argv: list[str]) -> tuple[int, str]:
     from timm_kd.hub.__main__ import main
 
     log_in(TOKEN)
+    code = 0
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        return main(argv), output.getvalue()
+        try:
+            main(argv)
+        except SystemExit as stop:
+            code = stop.code
+    return code, output.getvalue()
 
 
 def execute(snippet: str, folder: Path) -> str:
