@@ -13,8 +13,7 @@ import torch
 from helpers import Process, Run, run_on_ranks, start_on_ranks
 from timm.task import ClassificationTask
 
-from timm_kd import loop, train
-from timm_kd.process import AgreedStop, Process
+from timm_kd import loop, process, train
 from timm_kd.run.resume import restored_totals
 
 REPOSITORY = Path(__file__).parents[1]
@@ -207,8 +206,8 @@ def check_with_a_signal(folder: Path) -> None:
     """Checks until the ranks stop; rank 1 gets SIGTERM before check 3."""
     torch.distributed.init_process_group('gloo')
     rank = torch.distributed.get_rank()
-    process = Process(torch.device('cpu'), rank, world_size=3, group=torch.distributed.new_group())
-    with AgreedStop(process) as stop:
+    own = process.Process(torch.device('cpu'), rank, world_size=3, group=torch.distributed.new_group())
+    with process.AgreedStop(own) as stop:
         number = 0
         while not stop.check():
             number += 1
