@@ -53,7 +53,8 @@ def test_every_flag_of_timm_is_accepted_at_its_default_value(tmp_path):
         value = timm_flag['default']
         if timm_flag['flags'] and timm_flag['kind'] == 'Store' and value not in (None, [], ''):
             argv += [timm_flag['flags'][-1], *map(str, value if isinstance(value, list) else [value])]
-    argv[argv.index('--kd-temperature'):argv.index('--kd-temperature') + 2] = []
+    for flag in ('--kd-temperature', '--device'):  # at its default, but a choice: of a teacher, of a GPU
+        argv[argv.index(flag):argv.index(flag) + 2] = []
     args = parse(tmp_path, *argv)
     plain = parse(tmp_path)
     plain.decay_epochs = 90.0
@@ -168,12 +169,17 @@ REFUSED = [
     (['--opt', 'adamw', '--opt-betas', '0.9', '1.5'], ['--opt-betas', '1.5']),
     (['--scale', '1.0', '0.08'], ['--scale 1.0 0.08']),
     (['--cutmix-minmax', '0.5'], ['--cutmix-minmax 0.5']),
-    (['--sched', 'wsd', '--epochs', '10', '--decay-epochs', '20'], ['--decay-epochs 20', '--sched wsd', '5 epochs']),
+    (['--sched', 'wsd', '--epochs', '10', '--decay-epochs', '20'], ['--decay-epochs 20', '--sched wsd', 'length 5']),
     (['--sched', 'wsd', '--epochs', '3'], ['--sched wsd', '--epochs 3', '--warmup-epochs 5', '--warmup-prefix']),
-    (['--sched', 'rsqrt', '--epochs', '7'], ['--sched rsqrt', '--epochs 7', '--decay-epochs 0.2 (its default)']),
+    (['--sched', 'rsqrt', '--epochs', '7'], ['--sched rsqrt', '--epochs 7', 'without', '--decay-epochs']),
     (['--sched', 'rsqrt', '--warmup-epochs', '0'], ['--sched rsqrt', '--warmup-epochs', '--lr-stable-timescale']),
-    (['--epochs', '2', '--lr-cycle-limit', '3', '--lr-cycle-mul', '0.5', '--cooldown-epochs', '1'],
-     ['--cooldown-epochs 1', '--lr-cycle-mul 0.5']),
+    (['--epochs', '2', '--warmup-epochs', '0', '--lr-cycle-limit', '3', '--lr-cycle-mul', '0.5', '--cooldown-epochs',
+      '1'], ['--cooldown-epochs 1', '--lr-cycle-mul 0.5']),
+    (['--sched', 'plateau', '--decay-rate', '1'], ['--sched plateau', '--decay-rate 1.0']),
+    (['--stop-epoch', '301'], ['--stop-epoch 301', '--epochs 300', '300 epochs']),
+    (['--epochs', '10', '--cooldown-epochs', '2', '--stop-epoch', '13'], ['--stop-epoch 13', '12 epochs']),
+    (['--lr-noise', '0.5', '--lr-noise-pct', '0'], ['--lr-noise-pct 0.0', 'above 0']),
+    (['--lr-decay-fn', 'sqrt'], ['--lr-decay-fn sqrt', '1-sqrt']),
     (['--lr-k-decay', '-1'], ['--lr-k-decay -1']),
     (['--tta', '3', '-b', '16'], ['--tta 3', '--batch-size 16', 'a multiple']),
     (['--sched', 'step', '--decay-epochs', '0'], ['--sched step', '--decay-epochs 0']),

@@ -1,13 +1,19 @@
 """YAML config files: checked against the flags, overridden by the command line, and args.yaml read back."""
 import json
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
+from timm.data import resolve_data_config
+from timm.models import resolve_model_input_args
 
 from timm_kd.cli import parse_args, resolve_kd
 
+RECIPES = Path(__file__).parents[1] / 'hparams'
 TIMM_FLAGS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
 
 
@@ -75,8 +81,8 @@ def test_value_has_the_type_of_its_flag(parse, line, dest, value):
     ('amp: "true"', 'expected true or false'),
     ('opt: no', 'quote'),
     ('model: {name: resnet18}', 'expected one value'),
-    ('input_size: [224, 224]', 'expected 3 values'),
-    ('scale: []', 'at least one value'),
+    ('input_size: [224, 224]', 'expected 3'),
+    ('scale: []', 'at least one'),
     ('mean: [0.5, x, 0.5]', 'expected a number'),
     ('train_size_schedule: rising', 'constant, progressive'),
     ('kd_loss: nkdd', 'kd, dkd, nkd, tfnkd, tfkd'),
@@ -94,8 +100,18 @@ def test_file_that_is_no_mapping_is_refused(refuse, text):
     assert 'config.yaml: ' in refuse(text)
 
 
+def test_range_is_checked_as_on_the_command_line(refuse):
+    assert 'config.yaml: smoothing: 2.0: expected a value of at least 0 and below 1' in refuse('smoothing: 2')
+    assert 'config.yaml: lr: inf: expected a finite number' in refuse('lr: .inf')
+    assert 'config.yaml: mean: nan' in refuse('mean: [0.5, .nan, 0.5]')
+
+
+def test_name_is_checked_as_on_the_command_line(refuse):
+    assert 'config.yaml: sched: cosin: expected one of cosine' in refuse('sched: cosin')
+
+
 def test_meaning_is_checked_as_on_the_command_line(refuse):
-    assert '--smoothing 2.0' in refuse('smoothing: 2')
+    assert '--aug-splits 1' in refuse('aug_splits: 1')
 
 
 def test_empty_file_changes_nothing(parse, tmp_path):
@@ -126,6 +142,94 @@ def test_data_folder_of_the_file_is_replaced_by_either_flag(parse, tmp_path):
     assert parse(f'data: {tmp_path}\n', '--data-dir', str(other), data=False).data is None
     assert parse(f'data_dir: {other}\n').data == str(tmp_path)
     assert parse(f'data_dir: {other}\n', data=False).data_dir == str(other)
+
+
+@pytest.mark.parametrize('text, argv, values', [
+    ('input_size: [3, 224, 256]', '--img-size 32', {'img_size': 32, 'input_size': None, 'in_chans': 3}),
+    ('input_size: [1, 224, 224]', '--img-size 32', {'img_size': 32, 'input_size': None, 'in_chans': 1}),
+    ('input_size: [3, 224, 256]', '--in-chans 1', {'img_size': None, 'input_size': [1, 224, 256], 'in_chans': 1}),
+    ('input_size: [3, 9, 9]', '--in-chans 1 --img-size 8', {'img_size': 8, 'input_size': None, 'in_chans': 1}),
+    ('{img_size: 96, in_chans: 1}', '--input-size 3 64 64', {'img_size': None, 'input_size': [3, 64, 64],
+                                                            'in_chans': None}),
+    ('{img_size: 96, in_chans: 1}', '--img-size 64', {'img_size': 64, 'in_chans': 1}),
+    ('model_kwargs: {img_size: 96, depth: 2}', '--img-size 64', {'img_size': 64, 'model_kwargs': {'depth': 2}}),
+    ('bce_loss: true', '--loss ce', {'bce_loss': False, 'loss': 'ce'}),
+    ('loss: jsd', '--bce-loss', {'bce_loss': True, 'loss': None}),
+    ('{jsd_loss: true, aug_splits: 3}', '--bce-loss', {'bce_loss': True, 'jsd_loss': False, 'aug_splits': 3}),
+    ('drop_path: 0.2', '--drop-connect 0.1', {'drop_path': None, 'drop_connect': 0.1}),
+    ('drop_connect: 0.2', '--drop-path 0.1', {'drop_path': 0.1, 'drop_connect': None}),
+    ('lr: 0.1', '--lr-base 0.2', {'lr': None, 'lr_base': 0.2}),
+    ('{cutmix_minmax: [0.2, 0.8], mixup: 0.8}', '--cutmix 0', {'cutmix_minmax': None, 'cutmix': 0, 'mixup': 0.8}),
+    ('initial_checkpoint: gone.pth', '--pretrained', {'initial_checkpoint': '', 'pretrained': True}),
+    ('{pretrained: true, pretrained_path: gone.pth}', f'--initial-checkpoint {__file__}',
+     {'pretrained': False, 'pretrained_path': None}),
+    ('pretrained: true', f'--pretrained-path {__file__}', {'pretrained': True, 'pretrained_path': __file__}),
+    ('amp: true', '--model-dtype bfloat16', {'amp': False, 'model_dtype': 'bfloat16'}),
+    ('{torchcompile: true, torchcompile_mode: default}', '--torchscript', {'torchcompile': None,
+                                                                          'torchcompile_mode': None}),
+    ('{opt: adamw, opt_kwargs: {betas: [0.9, 0.99], amsgrad: true}}', '--opt-betas 0.8 0.9',
+     {'opt_betas': [0.8, 0.9], 'opt_kwargs': {'amsgrad': True}}),
+    ('kd_model_name: resnet34', '--teacher resnet50', {'kd_model_name': None, 'teacher': 'resnet50'}),
+    ('teacher: [resnet34, resnet50]', '--kd-model-name resnet18', {'kd_model_name': 'resnet18', 'teacher': None}),
+    ('{kd_model_name: resnet34, kd_loss: tfkd}', "--teacher ''", {'kd_model_name': None, 'teacher': None}),
+])
+def test_flag_of_the_command_line_replaces_what_the_file_says_of_the_same_thing(parse, caplog, text, argv, values):
+    with caplog.at_level(logging.WARNING):
+        args = parse(text, *shlex.split(argv))
+    assert {dest: getattr(args, dest) for dest in values} == values
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('text, argv, dests', [
+    ('{sched: wsd, lr_decay_fn: cosine}', '--sched cosine', ['lr_decay_fn']),
+    ('{sched: rsqrt, lr_stable_timescale: 3}', '--sched step', ['lr_stable_timescale']),
+    ('{teacher: %(file)s, teacher_model: resnet18, teacher_ema: true}', '--teacher resnet34',
+     ['teacher_model', 'teacher_ema']),
+    ('{teacher: resnet34, kd_loss: tfkd, teacher_img_size: 64, no_teacher_eval: true}', "--teacher ''",
+     ['teacher_img_size', 'no_teacher_eval']),
+    ('{teacher: resnet34, kd_temperature: 3, distill_loss_weight: 2, kd_warmup_epochs: 3}', "--teacher ''",
+     ['kd_temperature', 'distill_loss_weight', 'kd_warmup_epochs']),
+])
+def test_what_describes_a_replaced_schedule_or_teacher_goes_with_it(parse, caplog, text, argv, dests):
+    with caplog.at_level(logging.WARNING):
+        args = parse(text % {'file': __file__}, *shlex.split(argv))
+    assert not any(getattr(args, dest) for dest in dests)
+    assert all(dest in caplog.text for dest in dests)
+
+
+def test_architecture_of_the_file_stays_with_another_weights_file(parse):
+    text = 'teacher: gone.pth\nteacher_model: resnet18\n'
+    assert parse(text, '--teacher', __file__).teacher_model == 'resnet18'
+
+
+def test_conflict_inside_one_file_is_refused(refuse):
+    assert '--bce-loss and --loss ce' in refuse('bce_loss: true\nloss: ce\n')
+
+
+@pytest.mark.parametrize('recipe', sorted(RECIPES.glob('*.yaml')), ids=lambda path: path.stem)
+def test_recipes_take_another_image_size(recipe, tmp_path):
+    args = parse_args([str(tmp_path), '-c', str(recipe), '--img-size', '32'])[0]
+    assert resolve_data_config(vars(args))['input_size'] == (3, 32, 32)
+    model = resolve_model_input_args(args.model, vars(args), num_classes=args.num_classes)
+    assert timm.create_model(**model, device='meta')(torch.zeros(2, 3, 32, 32, device='meta')).shape[0] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
+class TestOnAMachineWithoutGPU:
+    def test_device_of_a_file_is_a_choice_as_the_flag_is(self, refuse, capsys, tmp_path):
+        assert '--device cuda: torch finds no CUDA device' in refuse('device: cuda')
+        with pytest.raises(SystemExit):
+            parse_args([str(tmp_path), '--device', 'cuda'])
+        assert '--device cuda: torch finds no CUDA device' in capsys.readouterr().err
+
+    def test_device_of_a_file_gives_way_to_the_flag(self, parse):
+        assert parse('device: cuda', '--device', 'cpu').device == 'cpu'
+
+    def test_default_that_args_yaml_writes_out_is_no_choice(self, parse, timm_args_yaml):
+        assert parse(timm_args_yaml, data=False).device == 'cuda'
+
+    def test_device_that_args_yaml_holds_is_a_choice_where_it_is_not_the_default(self, refuse, timm_args_yaml):
+        assert '--device cuda:1' in refuse(timm_args_yaml.replace('device: cuda', 'device: cuda:1'))
 
 
 @pytest.mark.parametrize('text, argv, teacher', [

@@ -91,12 +91,13 @@ def _rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[torch.distributed.Sto
 register_rendezvous_handler(_RENDEZVOUS, _rendezvous)
 
 
-def setup_process(device: str, device_given: bool, device_modules: list[str] | None = None) -> Process:
+def setup_process(device: str, device_modules: list[str] | None = None) -> Process:
     """Set up the device and, under `torchrun` or SLURM, the process group, as timm does.
 
     Args:
-        device: The device by its name in torch. In a process group, each process of a host gets one of its own.
-        device_given: Whether the user named the device; without, a machine without a GPU trains on its CPU.
+        device: The device by its name in torch. In a process group, each process of a host gets one of its own. On a
+            machine without a GPU, cuda means the CPU, with a warning: whoever asked for a GPU was told by
+            `cli.checks.check_device`.
         device_modules: Modules to import first, which make their devices known to torch.
 
     Raises:
@@ -108,8 +109,6 @@ def setup_process(device: str, device_given: bool, device_modules: list[str] | N
         except ImportError as error:
             raise UsageError(f'--device-modules {module}: {error}.') from error
     if device.split(':')[0] == 'cuda' and not torch.cuda.is_available():
-        if device_given:
-            raise UsageError(f'--device {device}: torch finds no CUDA device; --device cpu trains without one.')
         _logger.warning('No GPU found: training on the CPU (--device cpu says so without this warning).')
         device = 'cpu'
     if torch.cuda.is_available():

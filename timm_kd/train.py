@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     """Builds everything that the flags name, trains, and prints the results."""
     _check_output(args)
-    device_given = any(word.split('=')[0] == '--device' for word in argv)
-    process = setup_process(args.device, device_given, args.device_modules)
+    process = setup_process(args.device, args.device_modules)
     device, primary = process.device, process.primary
     if args.push_to_hub and primary:
         try:

@@ -1,12 +1,16 @@
-"""YAML config files: the values of flags by dest name, checked against the flags as the command line is."""
+"""YAML config files: a mapping of dests to values, read by the parser of the command line, which overrides them."""
 import argparse
 import logging
+import os
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from ..errors import UsageError, nearest
+from ..losses import KD_LOSSES
+from .kd_flags import knob_dests
 from .parser import ParseKwargs, Parser
 
 _logger = logging.getLogger(__name__)
@@ -14,19 +18,42 @@ _logger = logging.getLogger(__name__)
 # YAML 1.1 reads a float only where there is a dot and a signed exponent: 3e-4 and 1.0e5 arrive as strings.
 _YAML_MISSED_FLOAT = re.compile(r'[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+')
 
-# Where timm gives None a meaning of its own although the flag has a default.
+# The flags with a default for which timm gives None a meaning of its own.
 _NONE_IS_A_VALUE = ('color_jitter', 'scale', 'ratio', 'layer_decay_min_scale')
+
+# Flags that say the same thing: one of them on the command line replaces the others of the file. A dot separates a
+# flag of keyword arguments from one of its keys.
+_SAME_THING = (
+    ('data', 'data_dir'),
+    ('teacher', 'kd_model_name'),
+    ('img_size', 'input_size', 'model_kwargs.img_size'),
+    ('in_chans', 'input_size', 'model_kwargs.in_chans'),
+    ('initial_checkpoint', 'pretrained'),
+    ('initial_checkpoint', 'pretrained_path'),
+    ('drop_path', 'drop_connect'),
+    ('loss', 'bce_loss', 'jsd_loss'),
+    ('cutmix', 'cutmix_minmax'),
+    ('lr', 'lr_base'),
+    ('opt_eps', 'opt_kwargs.eps'),
+    ('opt_betas', 'opt_kwargs.betas'),
+    ('amp', 'model_dtype'),
+    ('torchscript', 'torchcompile'),
+    ('torchscript', 'torchcompile_mode'),
+)
+
+# How the flags begin that have nothing to act on without distillation.
+_OF_DISTILLATION = ('kd_', 'task_loss_weight', 'distill_loss_weight')
 
 
 def load_config(path: str, parser: Parser) -> dict[str, Any]:
     """Read a YAML file of flag values.
 
     Args:
-        path: File with a mapping of dest names (``batch_size``) to values.
-        parser: The parser whose flags the values are checked against.
+        path: File with a mapping of dests (`batch_size`) to values.
+        parser: The parser that reads the values.
 
     Returns:
-        The values by dest, converted to the types of their flags. Unknown keys are left out, with a warning.
+        The values by dest, of the types of their flags. Unknown keys are left out, with a warning.
 
     Raises:
         UsageError: The file cannot be read, or a value does not suit its flag.
@@ -35,107 +62,138 @@ def load_config(path: str, parser: Parser) -> dict[str, Any]:
         with open(path, encoding='utf-8') as file:
             config = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f'--config {path}: {getattr(error, "strerror", None) or error}') from error
+        raise UsageError(f'--config {path}: {getattr(error, "strerror", None) or error}.') from error
     except yaml.YAMLError as error:
-        raise UsageError(f'--config {path}: not valid YAML: {" ".join(str(error).split())}') from error
+        raise UsageError(f'--config {path}: not valid YAML: {" ".join(str(error).split())}.') from error
     if config is None:
         return {}
     if not isinstance(config, dict):
-        raise UsageError(f'--config {path}: expected lines of "key: value", got a {type(config).__name__}')
+        raise UsageError(f'--config {path}: expected lines of "key: value", got a {type(config).__name__}.')
 
-    actions = {action.dest: action for action in parser._actions if action.default is not argparse.SUPPRESS}
-    del actions['config']
+    flags = parser.flags
+    del flags['config']
     values = {}
     for key, value in config.items():
-        if key in actions:
+        if key in flags:
             try:
-                values[key] = _convert(actions[key], value)
-            except (ValueError, TypeError) as error:
-                raise UsageError(f'--config {path}: {key}: {error}') from error
+                values[key] = _read(parser, flags[key], value)
+            except argparse.ArgumentError as error:
+                raise UsageError(f'--config {path}: {key}: {error.message}.') from error
+        elif key == 'config':
+            _logger.warning(f'--config {path}: config: ignored, a config file does not include another.')
         else:
-            _warn_unknown(path, key, actions)
+            hint = nearest(str(key).replace('-', '_'), flags)
+            _logger.warning(f'--config {path}: {key}: ignored, there is no such flag{hint}.')
     return values
 
 
-def _warn_unknown(path: str, key: Any, known: dict[str, argparse.Action]) -> None:
-    if key == 'config':
-        _logger.warning(f'--config {path}: config: ignored, a config file does not include another')
-        return
-    hint = nearest(str(key).replace('-', '_'), known)
-    _logger.warning(f'--config {path}: {key}: ignored, there is no such flag{hint}')
+def _read(parser: Parser, flag: argparse.Action, value: Any) -> Any:
+    """Return what the parser makes of a value; raises `argparse.ArgumentError` as the parser does."""
+    def refuse(reason: str) -> argparse.ArgumentError:
+        return argparse.ArgumentError(flag, reason)
 
-
-def _convert(action: argparse.Action, value: Any) -> Any:
-    """The value as the flag would have it; raises ValueError or TypeError with what was expected."""
     if value is None:
-        return _convert_none(action)
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f'expected true or false, got {value!r}')
-        return value
-    if isinstance(action, ParseKwargs):
+        if flag.default in (None, '', [], {}) or flag.dest in _NONE_IS_A_VALUE:
+            return None if flag.dest in _NONE_IS_A_VALUE else flag.default
+        raise refuse(f'has no value (leave the line out for the default, {flag.default})')
+    if isinstance(flag, ParseKwargs):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise ValueError(f'expected a mapping of keyword arguments, got {value!r}')
-        return _convert_nested(value)
-    if action.nargs == '?' and action.const is not None and isinstance(value, bool):
-        return action.const if value else action.default  # torchcompile: true
-    if isinstance(action, argparse._AppendAction) or action.nargs not in (None, '?'):
-        return _convert_list(action, value)
-    return _convert_scalar(action, value)
-
-
-def _convert_none(action: argparse.Action) -> Any:
-    if action.default is None or action.dest in _NONE_IS_A_VALUE:
-        return None
-    if action.default in ('', [], {}):
-        return action.default
-    raise ValueError(f'has no value (leave the line out for the default, {action.default})')
-
-
-def _convert_list(action: argparse.Action, value: Any) -> list:
-    values = value if isinstance(value, list) else [value]
-    if isinstance(action.nargs, int) and len(values) != action.nargs:
-        raise ValueError(f'expected {action.nargs} values, got {value!r}')
-    if not values and action.default != []:
-        raise ValueError('expected at least one value, got an empty list')
-    return [_convert_scalar(action, item) for item in values]
-
-
-def _convert_scalar(action: argparse.Action, value: Any) -> Any:
-    if isinstance(value, (list, dict)) or value is None:
-        raise ValueError(f'expected one value, got {value!r}')
-    if getattr(action.type, '__name__', None) in ('int', 'float'):
-        converted = _convert_number(action, value)
-    elif isinstance(value, bool):
-        raise ValueError(f'expected text, got {value!r} (in YAML, quote a word such as yes, no, on or off)')
+            raise refuse(f'expected a mapping of keyword arguments, got {value!r}')
+        return _with_floats(value)
+    name = flag.option_strings[-1] if flag.option_strings else '--'
+    if flag.nargs == 0 or (flag.const is not None and isinstance(value, bool)):
+        if not isinstance(value, bool):
+            raise refuse(f'expected true or false, got {value!r}')
+        return parser.read([name])[flag.dest] if value else flag.default
+    appends = isinstance(flag, argparse._AppendAction)
+    is_list = isinstance(value, list)
+    if isinstance(value, dict) or (is_list and not appends and flag.nargs in (None, '?')):
+        raise refuse(f'expected one value, got {value!r}')
+    if value == [] == flag.default:
+        return []
+    words = [_word(flag, item) for item in (value if is_list else [value])]
+    if appends or (flag.option_strings and flag.nargs in (None, '?')):
+        words = [f'{name}={word}' for word in words]
     else:
-        converted = str(value)
-    if action.choices is not None and converted not in action.choices:
-        raise ValueError(f'{value!r} is none of {", ".join(action.choices)}')
-    return converted
+        words = [name, *words]
+    return parser.read(words).get(flag.dest, flag.default)
 
 
-def _convert_number(action: argparse.Action, value: Any) -> int | float:
-    is_int = action.type.__name__ == 'int'
-    expected = 'an integer' if is_int else 'a number'
-    fractional = is_int and isinstance(value, float) and not value.is_integer()
-    if isinstance(value, bool) or fractional or not isinstance(value, (int, float, str)):
-        raise ValueError(f'expected {expected}, got {value!r}')
-    try:
-        number = action.type(value)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error) if 'expected a ' in str(error) else f'expected {expected}, got {value!r}') from None
-    except (ValueError, OverflowError):
-        raise ValueError(f'expected {expected}, got {value!r}') from None
-    return action.default if number == action.default else number  # timm has integer defaults of float flags
+def _word(flag: argparse.Action, value: Any) -> str:
+    if isinstance(value, (list, dict)) or value is None:
+        raise argparse.ArgumentError(flag, f'expected one value, got {value!r}')
+    if isinstance(value, bool) and getattr(flag.type, '__name__', 'str') == 'str':
+        reason = f'expected text, got {value!r} (in YAML, quote a word such as yes, no, on or off)'
+        raise argparse.ArgumentError(flag, reason)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _convert_nested(value: Any) -> Any:
-    """Keyword arguments have no declared type: only the floats that YAML 1.1 misses are converted."""
+def _with_floats(value: Any) -> Any:
+    """Return keyword arguments, which have no declared types, with the floats that YAML 1.1 takes for text."""
     if isinstance(value, dict):
-        return {key: _convert_nested(item) for key, item in value.items()}
+        return {key: _with_floats(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_convert_nested(item) for item in value]
-    if isinstance(value, str) and _YAML_MISSED_FLOAT.fullmatch(value):
-        return float(value)
-    return value
+        return [_with_floats(item) for item in value]
+    return float(value) if isinstance(value, str) and _YAML_MISSED_FLOAT.fullmatch(value) else value
+
+
+def override(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config file that the command line replaces, merged with it.
+
+    The command line replaces not only the same flag of the file: also those that say the same thing (see
+    `_SAME_THING`), and, with a warning, those that only describe the loss, the schedule or the teacher that it
+    replaces.
+
+    Args:
+        config: The values of the file, as `load_config` returns them.
+        given: The values of the command line.
+    """
+    config, given = dict(config), dict(given)
+    if config.get('input_size') and 'input_size' not in given:  # it says the channels and the size at once
+        channels, *size = config['input_size']
+        if 'img_size' in given:
+            config['in_chans'] = channels
+        elif 'in_chans' in given:
+            given['input_size'] = [given['in_chans'], *size]
+    for names in _SAME_THING:
+        if given.keys() & set(names):
+            for name in set(names) - given.keys():
+                dest, _, key = name.partition('.')
+                if key:
+                    config[dest] = {k: item for k, item in (config.get(dest) or {}).items() if k != key}
+                else:
+                    config.pop(dest, None)
+    merged = {**config, **given}
+    for dest, reason in _left_over(merged, given):
+        if dest in config and dest not in given:
+            if config[dest] not in (None, False, '', {}):
+                _logger.warning(f'{reason}: the {dest} of the config file is left out.')
+            del merged[dest]
+    # An args.yaml holds every flag, `local_rank` too, which nobody writes into a recipe. `device: cuda` is the default
+    # there, written out, and means a GPU where there is one; in any other file it is a choice.
+    if 'local_rank' in config and config.get('device') == 'cuda' and 'device' not in given:
+        merged.pop('device')
+    # timm's script writes its default of 4.0 into every args.yaml, that of plain training too: no choice of the user.
+    # Such a file has no key `kd_loss`; in one of ours, or in a recipe, the same value was meant.
+    if 'kd_loss' not in config and config.get('kd_temperature') == 4.0 and 'kd_temperature' not in given:
+        if not any(merged.get('teacher') or ()) and not merged.get('kd_model_name'):
+            merged.pop('kd_temperature', None)
+    return merged
+
+
+def _left_over(merged: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the flags that only describe what the command line replaced, each with the reason."""
+    if 'kd_loss' in given:
+        knobs = KD_LOSSES[given['kd_loss']].hyper_parameters()
+        for dest, knob in knob_dests().items():
+            if knob not in knobs:
+                yield dest, f'--kd-loss {given["kd_loss"]} has no {knob}'
+    if given.get('sched', 'wsd') not in ('wsd', 'rsqrt'):
+        yield from ((dest, f'--sched {given["sched"]} has none') for dest in ('lr_decay_fn', 'lr_stable_timescale'))
+    if given.keys() & {'teacher', 'kd_model_name'}:
+        specs = [spec for spec in (*(merged.get('teacher') or ()), merged.get('kd_model_name')) if spec]
+        if not specs:
+            of_a_teacher = ('teacher_', 'no_teacher_eval', *(() if merged.get('kd_loss') else _OF_DISTILLATION))
+            yield from ((dest, 'there is no teacher') for dest in list(merged) if dest.startswith(of_a_teacher))
+        elif not any(map(os.path.isfile, specs)):
+            yield from ((dest, f'--teacher {specs[0]} is no file') for dest in ('teacher_model', 'teacher_ema'))

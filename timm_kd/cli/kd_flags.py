@@ -35,10 +35,10 @@ def kd_flags() -> dict[str, list[Flag]]:
                      'student',
             ),
             flag(
-            '--teacher-compile', nargs='?', type=str, metavar='BACKEND', const='inductor',
-            help='compile the teacher alone with torch.compile; the backend is inductor unless named',
-        ),
-        switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
+                '--teacher-compile', nargs='?', type=str, metavar='BACKEND', const='inductor',
+                help='compile the teacher alone with torch.compile; the backend is inductor unless named',
+            ),
+            switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
             flag(
                 '--teacher-class-map', type=str, metavar='FILE',
                 help='file with the teacher\'s index of each student class, or imagenet12k, imagenet21k, imagenet22k, '

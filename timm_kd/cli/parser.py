@@ -1,8 +1,9 @@
-"""The parts of the command line that argparse leaves to its users: flags as data, one-line errors, ``key=value``."""
+"""argparse as this project uses it: flags as data, ranges and names at the flag, errors of one line."""
 import argparse
 import copy
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import timm.utils
@@ -11,10 +12,30 @@ from ..errors import nearest
 
 
 class Flag(NamedTuple):
-    """One command line argument: its option strings and the keywords of argparse's ``add_argument``."""
+    """One command line argument: its option strings and the keywords of argparse's `add_argument`."""
 
     names: tuple[str, ...]
     options: dict[str, Any]
+
+
+def flag(*names: str, help: str, **options: Any) -> Flag:
+    """Return an argument that takes a value; numbers are shown as N (integer) and X in the usage."""
+    if 'choices' in options:
+        options['type'] = one_of(*options['choices'])
+    elif options.get('type') in (int, float):
+        options['type'] = number(options['type'])
+    metavar = {'int': 'N', 'float': 'X'}.get(getattr(options.get('type'), '__name__', None))
+    return Flag(names, {'help': help, **({'metavar': metavar} if metavar else {}), **options})
+
+
+def switch(*names: str, help: str) -> Flag:
+    """Return an argument without a value, False unless given."""
+    return Flag(names, dict(action='store_true', help=help))
+
+
+def kwargs_flag(*names: str, help: str) -> Flag:
+    """Return an argument that takes any number of `key=value` pairs, read as Python literals where they are such."""
+    return Flag(names, dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help=help))
 
 
 def number(
@@ -34,25 +55,24 @@ def number(
         below: The value must be less than this.
         at_most: The value must not be greater than this.
     """
-    bounds = {
-        'above {}': above, 'of {} or more': at_least, 'below {}': below, 'of {} or less': at_most,
-    }
-    expected = ' and '.join(text.format(bound) for text, bound in bounds.items() if bound is not None)
+    bounds = [
+        ('above', above, operator.gt),
+        ('of at least', at_least, operator.ge),
+        ('below', below, operator.lt),
+        ('of at most', at_most, operator.le),
+    ]
+    bounds = [(text, bound, holds) for text, bound, holds in bounds if bound is not None]
+    expected = ' and '.join(f'{text} {bound}' for text, bound, _ in bounds)
 
     def convert(text: str) -> int | float:
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(
-                f'{text}: expected {"an integer" if kind is int else "a number"}') from None
+        except ValueError:
+            expected_kind = 'an integer' if kind is int else 'a number'
+            raise argparse.ArgumentTypeError(f'{text}: expected {expected_kind}') from None
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f'{value}: expected a finite number')
-        if (
-                (above is not None and value <= above)
-                or (at_least is not None and value < at_least)
-                or (below is not None and value >= below)
-                or (at_most is not None and value > at_most)
-        ):
+        if not all(holds(value, bound) for _, bound, holds in bounds):
             raise argparse.ArgumentTypeError(f'{value}: expected a value {expected}')
         return value
 
@@ -60,28 +80,26 @@ def number(
     return convert
 
 
-def flag(*names: str, help: str, **options: Any) -> Flag:
-    """Return an argument that takes a value; numbers are shown as N (integer) and X in the usage."""
-    if options.get('type') in (int, float):
-        options['type'] = number(options['type'])
-    metavar = {'int': 'N', 'float': 'X'}.get(getattr(options.get('type'), '__name__', None))
-    if metavar:
-        options.setdefault('metavar', metavar)
-    return Flag(names, dict(options, help=help))
+def one_of(*names: str, reason: str | None = None) -> Callable[[str], str]:
+    """Return an argparse `type` for a name out of several, which bears the name of `str`.
 
+    Args:
+        names: The names that are taken.
+        reason: What is said of any other one, in place of the list of names.
+    """
+    expected = reason or f'expected one of {", ".join(name or repr("") for name in names)}'
 
-def switch(*names: str, help: str) -> Flag:
-    """An argument without a value, False unless given."""
-    return Flag(names, dict(action='store_true', help=help))
+    def convert(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f'{text or repr("")}: {expected}{nearest(text, names)}')
+        return text
 
-
-def kwargs_flag(*names: str, help: str) -> Flag:
-    """An argument that takes any number of ``key=value`` pairs, read as Python literals where they are literals."""
-    return Flag(names, dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help=help))
+    convert.__name__ = 'str'
+    return convert
 
 
 class ParseKwargs(timm.utils.ParseKwargs):
-    """timm's action, with an error that names the flag where timm's stumbles over a value without ``=``."""
+    """timm's action, with an error that names the flag where timm's stumbles over a value without `=`."""
 
     def __call__(
             self,
@@ -90,7 +108,7 @@ class ParseKwargs(timm.utils.ParseKwargs):
             values: list[str],
             option_string: str | None = None,
     ) -> None:
-        """Set the dict; raises `argparse.ArgumentError` for a value that is no ``key=value``."""
+        """Set the dict; raises `argparse.ArgumentError` for a value that is no `key=value`."""
         for value in values:
             key, separator, _ = value.partition('=')
             if value and not (separator and key.isidentifier()):
@@ -99,7 +117,7 @@ class ParseKwargs(timm.utils.ParseKwargs):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default where there is one worth showing."""
+    """Show the default of a flag where there is one worth showing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, '', [], {}, argparse.SUPPRESS) or not action.option_strings:
@@ -113,26 +131,28 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=HelpFormatter, exit_on_error=False, **options)
 
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """The arguments that have a value in the namespace, by dest: all but `--help` and `--version`."""
+        return {action.dest: action for action in self._actions if action.default is not argparse.SUPPRESS}
+
     def add_flag(self, flag: Flag, group: argparse._ArgumentGroup | None = None) -> argparse.Action:
         """Add a flag to a group of the parser, or to the parser itself."""
         return (group or self).add_argument(*flag.names, **copy.deepcopy(flag.options))
 
-    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        """As argparse, but an unknown flag is answered with the nearest known one."""
-        namespace, unknown = self.parse_known_args(args, namespace)
+    def read(self, words: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the values that a command line gives, by dest; flags that it does not name are left out.
+
+        Raises:
+            argparse.ArgumentError: A flag is unknown (the error proposes the nearest one), or its value does not do.
+        """
+        # argparse puts no default where the namespace has a value already.
+        blank = argparse.Namespace(**dict.fromkeys(self.flags))
+        namespace, unknown = self.parse_known_args(words, blank)
         if unknown:
             hint = nearest(unknown[0].partition('=')[0], self._option_string_actions)
-            self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
-        return namespace
-
-    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[argparse.Namespace, list]:
-        """As argparse, but an error begins with the flag as the user knows it."""
-        try:
-            return super().parse_known_args(args, namespace)
-        except argparse.ArgumentError as error:
-            names = (error.argument_name or '').split('/')
-            name = next((name for name in names if name.startswith('--')), names[0])
-            self.error(f'{name} {error.message}'.strip())
+            raise argparse.ArgumentError(None, f'unrecognized arguments: {" ".join(unknown)}{hint}')
+        return {dest: value for dest, value in vars(namespace).items() if value is not None}
 
     def error(self, message: str) -> NoReturn:
         """Write one line to stderr and exit with code 2."""

@@ -81,8 +81,7 @@ def open_run(
         raise UsageError('the flags of a training run are needed, --teacher SPEC and --teacher-cache DIR among them.')
     if live:
         args.teacher_cache_rebuild = False  # looking changes nothing
-    device_given = any(word.split('=')[0] == '--device' for word in argv)
-    process = setup_process(args.device, device_given, args.device_modules)
+    process = setup_process(args.device, args.device_modules)
     dtype = model_dtype(args)
     random_seed(args.seed, process.rank)
     # The student tells what its images are like, and is let go.
