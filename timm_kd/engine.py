@@ -219,7 +219,7 @@ def validate(
         *,
         tta: int = 0,
         distributed: bool = False,
-        on_batch: Callable[[int, torch.Tensor], None] = lambda batch_idx, output: None,
+        on_batch: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda batch_idx, output, target: None,
 ) -> OrderedDict[str, float]:
     """Evaluates a model on a loader with timm's evaluator.
 
@@ -230,7 +230,7 @@ def validate(
         settings: How batches are handled.
         tta: Copies of each sample that stand side by side in a batch, whose logits are averaged.
         distributed: Sum the counts over all ranks.
-        on_batch: Called with the batch index and the logits of each batch.
+        on_batch: Called with the index, the logits and the target of each batch.
 
     Returns:
         `loss`, `top1` and `top5`, the latter two in percent.
@@ -245,7 +245,7 @@ def validate(
         if tta > 1:
             output, target = output.unfold(0, tta, tta).mean(dim=2), target[0:target.size(0):tta]
         evaluator.update(output, target)
-        on_batch(batch_idx, output)
+        on_batch(batch_idx, output, target)
     return evaluator.compute(distributed=distributed)
 
 

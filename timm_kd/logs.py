@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torchvision
+from timm.task import ClassificationEvaluator
 from timm.utils import AverageMeter, setup_default_logging
 from tqdm import tqdm  # comes with huggingface_hub
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -75,7 +76,7 @@ class RunLog:
 
     def is_due(self, progress: Progress) -> bool:
         """Tells whether an update is one that is logged, on any rank: reading the losses is collective."""
-        return progress.update_idx % self.log_interval == 0
+        return progress.update_idx % self.log_interval == 0 or progress.update_idx == progress.updates_per_epoch - 1
 
     def step(self, progress: Progress) -> None:
         """Counts an update on the bar."""
@@ -102,20 +103,29 @@ class RunLog:
             path = os.path.join(self.output_dir, f'train-batch-{progress.batch_idx}.jpg')
             torchvision.utils.save_image(progress.input, path, padding=0, normalize=True)
 
-    def validation(self, evaluator: Any, last_idx: int, name: str = 'Test') -> Callable[[int, torch.Tensor], None]:
-        """Returns a callback that logs a validation pass in timm's format."""
+    def validation(
+            self,
+            evaluator: ClassificationEvaluator,
+            last_idx: int,
+            name: str = 'Test',
+    ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
+        """Return a callback that logs a validation pass in timm's format: the batch's figures and the running ones."""
         batch_time = AverageMeter()
         start = time.time()
 
-        def on_batch(batch_idx: int, output: torch.Tensor) -> None:
+        def on_batch(batch_idx: int, output: torch.Tensor, target: torch.Tensor) -> None:
             nonlocal start
             batch_time.update(time.time() - start)
             start = time.time()
             if self.primary and (batch_idx == last_idx or batch_idx % self.log_interval == 0):
-                metrics = evaluator.summary()
+                of_batch = ClassificationEvaluator(output.device)
+                of_batch.update(output, target)
+                now, average = of_batch.summary(), evaluator.summary()
                 _logger.info(
                     f'{name}: [{batch_idx:>4d}/{last_idx}]  Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  '
-                    f'Loss: {metrics["loss"]:>6.3f}  Acc@1: {metrics["top1"]:>7.3f}  Acc@5: {metrics["top5"]:>7.3f}')
+                    f'Loss: {now["loss"]:>7.3f} ({average["loss"]:>6.3f})  '
+                    f'Acc@1: {now["top1"]:>7.3f} ({average["top1"]:>7.3f})  '
+                    f'Acc@5: {now["top5"]:>7.3f} ({average["top5"]:>7.3f})')
         return on_batch
 
     def epoch(self, row: dict[str, Any]) -> None:

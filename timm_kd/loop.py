@@ -223,7 +223,7 @@ class Loop:
         settings = self.settings
         train_metrics = self.totals.averages(self.process.world_size)
         completed = epoch + 1
-        if completed % settings.val_interval and completed != settings.num_epochs:
+        if completed % settings.val_interval and completed not in (settings.num_epochs, *settings.save_epochs):
             _logger.info(f'Skipping eval for epoch: {epoch}')
             self._save(epoch, None)
             self._step_scheduler(completed, None)
@@ -275,8 +275,8 @@ class Loop:
         if self.teacher_predictions is not None:
             agreement = Agreement(self.teacher_predictions, self.eval_loader)
 
-        def on_batch(batch_idx: int, output: torch.Tensor) -> None:
-            report(batch_idx, output)
+        def on_batch(batch_idx: int, output: torch.Tensor, target: torch.Tensor) -> None:
+            report(batch_idx, output, target)
             if agreement is not None:
                 agreement.add(batch_idx, output)
             if can_stop and self.stop.check():
