@@ -150,6 +150,12 @@ def test_epochs_between_validations_have_no_row_but_the_last_has_one(train, digi
     assert [row['epoch'] for row in run.rows] == [1, 2]
 
 
+def test_milestones_epoch_and_the_last_one_are_validated_whatever_the_interval(train):
+    run = train('--kd-loss tfnkd --val-interval 3 --epochs 6 --stop-epoch 4 --save-epochs 2')
+    assert [row['epoch'] for row in run.rows] == [1, 2, 3]
+    assert run.checkpoint('milestone-2.pth.tar')['metric'] == run.rows[0]['eval_top1']
+
+
 def test_stop_epoch_ends_the_run_on_the_schedule_of_all_epochs(train):
     run = train('--kd-loss tfnkd --epochs 4 --stop-epoch 2 --val-split ""')
     cosine = [0.5 * 3e-3 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (0, 1)]

@@ -153,11 +153,41 @@ def test_log_lines_have_timms_format(nkd_run):
         rf'Train: 0 \[   2/5 \( 60%\)\]  Loss: {number} \({number}\)  Time: {number}s, +{number}/s  '
         rf'\({number}s, +{number}/s\)  LR: 1\.000e-03  Data: {number} \({number}\)  task_loss: {number} \({number}\)')
     test_line = re.compile(
-        rf'Test \(EMA\): \[   2/3\]  Time: {number} \({number}\)  Loss: +{number}  Acc@1: +{number}  Acc@5: +{number}')
+        rf'Test \(EMA\): \[   2/3\]  Time: {number} \({number}\)  Loss: +{number} \( *{number}\)  '
+        rf'Acc@1: +{number} \( *{number}\)  Acc@5: +{number} \( *{number}\)')
     for pattern in (train_line, test_line):
         assert any(pattern.match(line) for line in nkd_run.log), pattern.pattern
     best = nkd_run.record['best']
     assert f'*** Best metric: {best["metric"]} (epoch {best["epoch"]})' in nkd_run.log
+
+
+def test_validation_lines_show_the_batch_and_the_running_average(nkd_run):
+    figures = re.compile(r'(Loss|Acc@1|Acc@5): +([\d.]+) \( *([\d.]+)\)')
+    lines = [{name: (float(now), float(average)) for name, now, average in figures.findall(line)}
+             for line in nkd_run.log if line.startswith('Test (EMA):')]
+    first, last = lines[-3], lines[-1]  # batches of 32, 32, 32 and 4 images; the third and the last are due
+    assert all(now == average for now, average in first.values())
+    for name, column in ('Loss', 'eval_loss'), ('Acc@1', 'eval_top1'), ('Acc@5', 'eval_top5'):
+        assert last[name][1] == pytest.approx(nkd_run.rows[-1][column], abs=5e-4)
+    assert last['Acc@1'][0] in (0, 25, 50, 75, 100)
+
+
+def test_start_says_what_timms_script_says(train):
+    run = train('--kd-loss tfnkd --opt sgd --momentum 0.8 --weight-decay 0.05 --warmup-prefix')
+    for line in (
+            'Model test_resnet created, param count:373658',
+            'AMP not enabled. Training in torch.float32.',
+            'Created SGD (sgd) optimizer: lr: 0.003, momentum: 0.8, dampening: 0, weight_decay: 0.05, nesterov: True',
+            'Scheduled epochs: 1 (warmup_epochs + epochs + cooldown_epochs). Warmup added to total when '
+            'warmup_prefix=True. LR stepped per epoch.',
+    ):
+        assert any(said.startswith(line) for said in run.log), line
+
+
+def test_first_each_nth_and_last_update_of_an_epoch_are_logged(train):
+    run = train('--kd-loss tfnkd --log-interval 3 --val-split ""')
+    assert [line.partition('(')[0] for line in run.log if line.startswith('Train:')] == [
+        'Train: 0 [   0/5 ', 'Train: 0 [   3/5 ', 'Train: 0 [   4/5 ']
 
 
 def test_start_says_which_teacher_and_how_good(nkd_run):

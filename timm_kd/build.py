@@ -38,8 +38,9 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
 def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Returns what makes the context that forwards run in: autocast under `--amp`."""
     if not args.amp:
+        _logger.info(f'AMP not enabled. Training in {model_dtype(args) or torch.float32}.')
         return nullcontext
-    _logger.info(f'Using native Torch AMP ({args.amp_dtype}). Training in mixed precision.')
+    _logger.info('Using native Torch AMP. Training in mixed precision.')
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
 
 
@@ -67,9 +68,15 @@ def create_optimizer(
             f'Learning rate ({args.lr}) calculated from base learning rate ({args.lr_base}) and effective global batch '
             f'size ({global_batch_size:g}) with {scale} scaling.')
     try:
-        return create_optimizer_v2(student, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(student, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except RuntimeError as error:  # the device has not what --opt-kwargs asks for (fused=True); the rest is checked
         raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {shortened(error)}') from error
+    # timm's factory puts weight decay into the parameter groups and leaves a zero among the defaults.
+    defaults = {**optimizer.defaults, 'weight_decay': args.weight_decay}
+    _logger.info(
+        f'Created {type(optimizer).__name__} ({args.opt}) optimizer: '
+        + ', '.join(f'{name}: {value}' for name, value in defaults.items()))
+    return optimizer
 
 
 def create_run_teacher(

@@ -55,6 +55,8 @@ def create_student(
             args.num_classes = model.num_classes
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
+        if process.primary:
+            _logger.info(f'Model {args.model} created, param count:{sum(p.numel() for p in model.parameters())}')
         data_config = resolve_input_data_config(model, vars(args), verbose=process.primary)
     except UsageError:
         raise
@@ -71,8 +73,6 @@ def create_student(
         model = convert_sync_batchnorm(model)
     if args.torchscript:
         model = torch.jit.script(model)
-    if process.primary:
-        _logger.info(f'Model {args.model} created, param count: {sum(p.numel() for p in model.parameters())}')
     return model, data_config
 
 

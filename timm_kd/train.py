@@ -99,8 +99,10 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         keep = not args.no_resume_opt
         resume(task, start.path, optimizer if keep else None, loss_scaler if keep else None)
     lr_scheduler, num_epochs = create_scheduler(args, optimizer, len(data.loader), start.epoch)
+    warmup = '(warmup_epochs + epochs + cooldown_epochs). Warmup added to total when warmup_prefix=True' \
+        if args.warmup_prefix else '(epochs + cooldown_epochs). Warmup within epochs when warmup_prefix=False'
     _logger.info(
-        f'Scheduled epochs: {num_epochs} (epochs + cooldown_epochs). '
+        f'Scheduled epochs: {num_epochs} {warmup}. '
         f'LR stepped per {"update" if args.sched_on_updates else "epoch"}.')
     eval_metric = args.eval_metric if eval_loader is not None else 'loss'
     if primary:
