@@ -38,7 +38,7 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
 def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Returns what makes the context that forwards run in: autocast under `--amp`."""
     if not args.amp:
-        _logger.info(f'AMP not enabled. Training in {model_dtype(args) or torch.float32}.')
+        _logger.info(f'AMP not enabled. Training in torch.{args.model_dtype or "float32"}.')
         return nullcontext
     _logger.info('Using native Torch AMP. Training in mixed precision.')
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
