@@ -84,9 +84,9 @@ class Epochs:
         answers = torch.randn(self.batch_size, NUM_CLASSES, device=self.device)
         start = self._now()
         cached = self.open_cache('fresh', _Known(answers)) if kind == 'fill' else self.open_cache('stored', None)
-        for batch in range(len(self.loader)):
-            if cached.stored(batch) is None:
-                cached(answers)
+        self.loader.batch_sampler.set_epoch(0)
+        for _ in self.loader.batch_sampler:
+            cached(answers)
         cached.close()
         seconds = self._now() - start
         shutil.rmtree(self.home / 'fresh', ignore_errors=True)
@@ -104,10 +104,7 @@ class Epochs:
             task = KDTask(self.student, kd_loss, cached or self.teacher, device=self.device, verbose=False)
         self.loader.batch_sampler.set_epoch(0)
         start = self._now()
-        train_one_epoch(
-            task, self.loader, self.optimizer, 0, self.settings, StepTotals(self.device),
-            teacher_logits=None if cached is None else cached.stored,
-        )
+        train_one_epoch(task, self.loader, self.optimizer, 0, self.settings, StepTotals(self.device))
         if cached is not None:
             cached.close()
         seconds = self._now() - start

@@ -12,7 +12,7 @@ from timm.data import create_dataset
 
 from timm_kd.data import class_names, create_datasets
 from timm_kd.errors import UsageError
-from timm_kd.teacher_cache.fingerprint import fingerprint_dataset
+from timm_kd.teacher_cache.key import fingerprint_dataset
 
 
 @pytest.fixture

@@ -155,14 +155,6 @@ def test_smoothing_that_mixup_folds_into_unmixed_targets_is_undone(name):
         make_task(name, smoothing=0.0, criterion=criterion).eval()(input, dense)
 
 
-def test_stored_teacher_logits_take_the_place_of_the_teachers_forward():
-    task, batch = make_task(), digits_batch()
-    stored = task.teacher(batch[0])
-    expected = task(*batch)['kd_loss']
-    task.teacher.forward = lambda images: pytest.fail('the teacher ran')
-    torch.testing.assert_close(task(*batch, teacher_logits=stored)['kd_loss'], expected, rtol=0, atol=0)
-
-
 def test_needed_teacher_that_is_missing_is_refused():
     with pytest.raises(ValueError, match='NKDLoss needs a teacher'):
         KDTask(build(), create_kd_loss('nkd'))

@@ -22,8 +22,8 @@ from timm_kd.replay import make_replayable
 from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from timm_kd.teacher_cache.epoch_file import EpochFile, epoch_file_size
-from timm_kd.teacher_cache.fingerprint import fingerprint_dataset, fingerprint_teacher
 from timm_kd.teacher_cache.folder import read_rows
+from timm_kd.teacher_cache.key import fingerprint_dataset, fingerprint_teacher
 
 NUM_CLASSES, PER_CLASS, SIZE = 10, 4, 32
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
@@ -323,7 +323,7 @@ def put_in_place(kind, path, elsewhere):
 
 def use_everything(path, rebuild):
     cache = folder(path, teacher={'weights': 'abc'}, rebuild=rebuild)
-    cache.load_validation('crop')
+    cache.load_validation('crop', 3)
     cache.covers([0], lambda epoch: np.arange(100))
     store_rows(cache)
     cache.close()
@@ -421,14 +421,14 @@ def test_a_truncated_key_is_damaged(tmp_path, text):
 
 def test_the_teachers_validation_is_kept_and_a_damaged_one_counts_as_absent(tmp_path):
     cache = folder(tmp_path)
-    assert cache.load_validation('one crop') == {}
+    assert cache.load_validation('one crop', 3) == {}
     cache.save_validation('one crop', predictions=np.array([1, 2, 3]), metrics='[{"top1": 66.7, "top5": 90.0}]')
     cache.save_validation('another', predictions=np.array([3, 2, 1]), metrics='[{"top1": 33.3, "top5": 50.0}]')
-    assert cache.load_validation('one crop')['predictions'].tolist() == [1, 2, 3]
-    assert cache.load_validation('another')['predictions'].tolist() == [3, 2, 1]
+    assert cache.load_validation('one crop', 3)['predictions'].tolist() == [1, 2, 3]
+    assert cache.load_validation('another', 3)['predictions'].tolist() == [3, 2, 1]
     for path in tmp_path.glob('validation-*.npz'):
         path.write_bytes(b'PK damaged')
-    assert cache.load_validation('one crop') == {}
+    assert cache.load_validation('one crop', 3) == {}
 
 
 @pytest.fixture(scope='module')
@@ -517,21 +517,33 @@ def loader_of(root, workers=0, batch_size=8, mixup=None, world_size=1, rank=0, n
 def cached(path, loader, teacher=None, by_position=False, dtype='float32', topk=None):
     layout = RowLayout(NUM_CLASSES, dtype, topk)
     cache = CacheFolder(path, KEY, NUM_SAMPLES, layout.row_bytes)
-    return CachedTeacher(cache, layout, loader.batch_sampler, by_position, torch.device('cpu'), teacher)
+    counting = None if teacher is None else Counting(teacher)
+    return CachedTeacher(cache, layout, loader.batch_sampler, by_position, torch.device('cpu'), counting)
+
+
+class Counting(torch.nn.Module):
+    """A teacher that counts the batches it is asked for."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher, self.members, self.calls = teacher, teacher.members, 0
+
+    def forward(self, images):
+        self.calls += 1
+        return self.teacher(images)
 
 
 def epoch_logits(loader, source, epoch, start_batch=0, stop_batch=None):
-    """What the training loop sees: stored logits where there are any, else the teacher's."""
+    """What the training loop sees of an epoch, and how many batches were computed for it."""
     loader.batch_sampler.set_epoch(epoch, start_batch)
-    logits, computed = [], 0
+    before = source.teacher.calls if source.teacher else 0
+    logits = []
     for batch, (images, _) in enumerate(loader, start=start_batch):
         if batch == stop_batch:
             break
-        stored = source.stored(batch)
-        computed += stored is None
-        logits.append(source(images) if stored is None else stored)
+        logits.append(source(images))
     source.flush()
-    return torch.cat(logits), computed
+    return torch.cat(logits), (source.teacher.calls if source.teacher else 0) - before
 
 
 MIX = dict(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=NUM_CLASSES)
@@ -591,6 +603,48 @@ def test_after_the_distinct_epochs_the_first_comes_again(tmp_path, image_folder,
     assert [computed for _, computed in second] == [0, 0]
     assert torch.equal(second[0][0], first[0]) and torch.equal(second[1][0], first[1])
     assert not torch.equal(first[0], first[1])
+
+
+def test_the_batch_that_is_asked_about_follows_from_the_sampler(tmp_path, image_folder, teacher):
+    loader = loader_of(image_folder, workers=2, re_prob=0.5, re_mode='pixel')
+    source = cached(tmp_path, loader, teacher)
+    whole, _ = epoch_logits(loader, source, 0)
+    resumed, computed = epoch_logits(loader, source, 0, start_batch=3)
+    assert computed == 0 and torch.equal(resumed, whole[3 * 8:])
+    epoch_logits(loader, source, 0, stop_batch=2)  # left in the middle
+    again, computed = epoch_logits(loader, source, 0)
+    assert computed == 0 and torch.equal(again, whole)
+    images, _ = next(iter(loader))
+    source(images)
+    with pytest.raises(RuntimeError, match='Batch 1 has 8 rows, not 7: ask once for each batch'):
+        source(images[:7])
+    for _ in range(2, len(loader)):
+        source(images)
+    with pytest.raises(RuntimeError, match='Batch 5 has 0 rows, not 8'):
+        source(images)
+
+
+def test_an_epochs_file_is_complete_on_disk_after_its_last_batch(tmp_path, image_folder, teacher):
+    loader = loader_of(image_folder)
+    source = cached(tmp_path, loader, teacher)
+    loader.batch_sampler.set_epoch(0)
+    for images, _ in loader:
+        source(images)
+    assert (tmp_path / 'epoch-0000.logits').read_bytes()[0] == 0  # nothing is unsynced
+    assert cached(tmp_path, loader).folder.covers([0], lambda epoch: np.arange(NUM_SAMPLES))
+
+
+def test_an_error_of_training_is_not_masked_by_the_copies_on_their_way(tmp_path, image_folder, teacher):
+    class BrokenDevice(torch.nn.Module):
+        def synchronize(self):
+            raise RuntimeError('CUDA error: the second')
+
+    loader = loader_of(image_folder)
+    with pytest.raises(RuntimeError, match='the first'), cached(tmp_path, loader, teacher) as source:
+        source(next(iter(loader))[0])
+        source._copies._pending.append((BrokenDevice(), np.arange(8), torch.zeros(8, source.layout.row_bytes)))
+        raise RuntimeError('CUDA error: the first')
+    folder(tmp_path, key={**KEY, 'seed': 2}, rebuild=True).close()  # the lock is given back
 
 
 def test_topk_logits_read_are_those_the_filling_run_learned_from(tmp_path, image_folder, teacher):

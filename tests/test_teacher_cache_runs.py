@@ -378,3 +378,41 @@ def test_info_and_verify_leave_a_file_of_an_odd_name_alone(filled, tmp_path, cap
     for command in ('info', 'verify'):
         cache_main([command, str(folder)])
     assert 'epoch-0001.logits  ' in capsys.readouterr().out
+
+
+def pretend(monkeypatch, fast_bfloat16):
+    """Let torch say of this processor that it multiplies bfloat16 fast, or that it does not."""
+    for probe in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+        monkeypatch.setattr(torch.cpu, probe, lambda: fast_bfloat16)
+
+
+@pytest.mark.parametrize('teachers', [1, 2])
+@pytest.mark.parametrize('filled_fast', [False, True])
+def test_another_kind_of_processor_verifies_a_cache_and_shares_its_fill_in_the_precision_that_it_is_told(
+        tmp_path, home, images, digits_teacher, monkeypatch, capsys, filled_fast, teachers,
+):
+    here, there = ('bfloat16', 'float32') if filled_fast else ('float32', 'bfloat16')
+    flags = arguments(home, images, 'shared', *cache(tmp_path / 'cache'))
+    flags += ['--teacher', str(digits_teacher)] * (teachers - 1)
+    pretend(monkeypatch, filled_fast)
+    cache_main(['fill', '--epochs-range', '0', '1', *flags])
+    pretend(monkeypatch, not filled_fast)
+    cache_main(['verify', str(tmp_path / 'cache')])
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['fill', '--epochs-range', '1', '2', *flags])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and f'in {here}, and --teacher-dtype auto is {there} on this machine' in message
+    cache_main(['fill', '--epochs-range', '1', '2', *flags, *message.partition(': add ')[2].strip(' .\n').split()])
+    assert present(tmp_path / 'cache' / 'epoch-0001.logits') == NUM_SAMPLES // 16 * 16
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['fill', *flags, '--teacher-dtype', there])
+    assert f'teacher.dtype was "auto", is now "{there}"' in capsys.readouterr().err
+
+
+def test_a_complete_cache_is_read_on_another_kind_of_processor(tmp_path, run, teacher, monkeypatch):
+    pretend(monkeypatch, True)
+    filled = run(*cache(tmp_path / 'cache'))
+    pretend(monkeypatch, False)
+    assert run(*cache(tmp_path / 'cache')) == filled
+    shutil.rmtree(teacher)
+    assert run(*cache(tmp_path / 'cache'), '--teacher-dtype', 'bfloat16') == filled

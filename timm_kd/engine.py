@@ -104,7 +104,6 @@ def train_one_epoch(
         loss_scaler: Callable | None = None,
         lr_scheduler: Scheduler | None = None,
         mixup_fn: Callable | None = None,
-        teacher_logits: Callable[[int], torch.Tensor | None] | None = None,
         first_batch: int = 0,
         on_update: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
@@ -122,7 +121,6 @@ def train_one_epoch(
         loss_scaler: timm's `NativeScaler` under float16 AMP.
         lr_scheduler: Stepped after each update.
         mixup_fn: timm's `Mixup`, for loaders without prefetcher.
-        teacher_logits: Gives the stored teacher logits of a batch index, or None to compute them.
         first_batch: Batches of this epoch that are already done (and that the loader leaves out).
         on_update: Called after each update.
     """
@@ -139,11 +137,10 @@ def train_one_epoch(
         if mixup_fn is not None:
             input, target = mixup_fn(input, target)
         input = settings.arrange(input)
-        stored = {} if teacher_logits is None else {'teacher_logits': teacher_logits(batch_idx)}
         need_update = accumulation.ends_update(batch_idx)
         with nullcontext() if need_update else task.no_sync():
             with settings.autocast():
-                result = task(input, target, **stored)
+                result = task(input, target)
                 divisor = accumulation.divisor(batch_idx)
                 loss = result['loss'] / divisor if divisor > 1 else result['loss']
                 scale = settings.loss_scale(len(input))

@@ -26,7 +26,6 @@ from .run.resume import (
     set_ema_random_state,
 )
 from .task import KDTask
-from .teacher_cache import CachedTeacher
 
 _logger = logging.getLogger('train')
 
@@ -91,8 +90,6 @@ class Loop:
         self.stop = AgreedStop(self.process)
         self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
         self._trained_ranks = []
-        teacher = getattr(self.task, 'teacher', None)
-        self.cache = teacher if isinstance(teacher, CachedTeacher) else None
 
     def restore(self, state: dict[str, Any], same_epoch: bool) -> None:
         """Takes up the state that an exact resume needs beyond timm's.
@@ -125,8 +122,6 @@ class Loop:
         settings = self.settings
         with self.stop, ExitStack() as stack:
             stack.callback(self.log.close)
-            if self.cache is not None:
-                stack.callback(self.cache.close)
             self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
             for epoch in range(settings.start_epoch, settings.num_epochs):
                 self._train_epoch(epoch)
@@ -152,12 +147,9 @@ class Loop:
                 loss_scaler=self.loss_scaler,
                 lr_scheduler=self.lr_scheduler,
                 mixup_fn=self.data.mixup_fn,
-                teacher_logits=self.cache.stored if self.cache is not None else None,
                 first_batch=self.first_batch,
                 on_update=self._after_update,
             )
-            if self.cache is not None:
-                self.cache.flush()
             self._check_finite(epoch)
             self._distribute_bn(self.task.get_trainable_module())
         # Validation draws from the random streams and evens out the EMA's batch norm: a run stopped in it starts over

@@ -92,25 +92,20 @@ class KDTask(ClassificationTask):
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
         return super().compile(backend=backend, mode=mode, **compile_kwargs)
 
-    def forward(
-            self,
-            input: torch.Tensor,
-            target: torch.Tensor,
-            teacher_logits: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Computes the training loss of a batch.
 
         Args:
             input: Images `[B, in_chans, H, W]`, normalised for the student.
             target: Class indices `[B]`, or dense targets `[B, C]` as timm's Mixup makes them.
-            teacher_logits: Logits `[B, C]` to use in place of the teacher's forward (a teacher cache has them).
 
         Returns:
             `loss` for backward, `output` the student's logits, `task_loss`, `kd_loss` and the parts of the latter.
         """
         output = self.trainable_module(input)
         task_loss = self.criterion(output, target)
-        if teacher_logits is None and self.teacher is not None:
+        teacher_logits = None
+        if self.teacher is not None:
             with torch.no_grad():
                 teacher_logits = self.teacher(input)
         parts = self.kd_loss(output, teacher_logits, target, smoothing=self.smoothing)

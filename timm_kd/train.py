@@ -3,6 +3,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .build import (
     model_dtype,
     step_settings,
 )
+from .cache import open_cached_teacher
 from .cli import parse_args, resolve_kd
 from .data import class_names, create_eval_loader
 from .engine import evaluate_teacher
@@ -37,7 +39,6 @@ from .run.record import RunRecord, Summary
 from .run.resume import find_start, resume
 from .setup import create_data, eval_loader_kwargs
 from .student import create_student
-from .teacher_cache.setup import open_cached_teacher
 
 _logger = logging.getLogger('train')
 
@@ -163,7 +164,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         )
     if args.start_epoch is None and not args.no_resume_opt:
         loop.restore(start.state, start.same_epoch)
-    loop.run()
+    with teacher if args.teacher_cache else nullcontext():
+        loop.run()
     if primary:
         record.set_best(loop.saver.best_epoch, loop.saver.best_metric)
         record.write(output_dir)
@@ -236,7 +238,9 @@ def _evaluate_teacher(
             loader = create_eval_loader(loop.eval_loader.dataset, **options, persistent_workers=False)
             return evaluate_teacher(loop.task, loader, loop.steps, loop.process.distributed)
 
-    return loop.task.teacher.validation(evaluate) if args.teacher_cache else evaluate()
+    if not args.teacher_cache:
+        return evaluate()
+    return loop.task.teacher.validation(loop.eval_loader, loop.process.gather, evaluate)
 
 
 def _create_log(args: argparse.Namespace, output_dir: str | None, world_size: int) -> RunLog:

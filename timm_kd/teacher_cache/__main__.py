@@ -5,14 +5,20 @@
     python -m timm_kd.teacher_cache verify DIR [training flags that differ here, such as --device cpu]
 """
 import argparse
+import json
 import logging
 import os
+from pathlib import Path
+
+import numpy as np
 
 from ..errors import ExitCode, UsageError
+from ..fill import fill, verify
 from ..logs import setup_logging
 from ..process import ending
-from .fill import fill
-from .inspect import describe, verify
+from .epoch_file import EpochFile
+from .folder import KEY_FILE, VALIDATION_FILES, epoch_files, format_bytes, read_members, read_rows, read_validation
+from .key import read_key
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,9 +39,40 @@ def main(argv: list[str] | None = None) -> None:
         elif further and options.command == 'info':
             raise UsageError(f'{" ".join(further)}: info takes a folder and nothing else.')
         elif options.command == 'info':
-            print(describe(options.folder))
+            print(describe(Path(options.folder)))
         elif not verify(options.folder, further, options.batches):
             raise SystemExit(ExitCode.FAILED)
+
+
+def describe(folder: Path) -> str:
+    """Return what a cache holds, in lines: its teacher, its key, and the rows present of each epoch.
+
+    Raises:
+        UsageError: The folder is no cache, or a file of it is damaged.
+    """
+    rows, layout = read_rows(folder)
+    lines = [f'{folder}: teacher logits']
+    for member in read_members(folder) or ():
+        lines.append(f'teacher   {member["source"]} ({member["model_name"]}, {member["num_params"]} parameters)')
+    for validation in map(read_validation, sorted(folder.glob(VALIDATION_FILES))):
+        for metrics in json.loads(str(validation.get('metrics', '[]'))):
+            lines.append(f'          top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % in validation')
+    lines.append(
+        f'rows      {rows["count"]} an epoch, by {rows["by"]}, {rows["classes"]} classes as {rows["dtype"]}'
+        + (f', the {rows["topk"]} largest' if rows['topk'] else '')
+    )
+    total = 0
+    for path in epoch_files(folder).values():
+        file = EpochFile(path, rows['count'], layout.row_bytes, writable=False)
+        present = int(np.count_nonzero(file.checksums))
+        file.close()
+        num_bytes = path.stat().st_blocks * 512
+        total += num_bytes
+        lines.append(f'{path.name}  {present} rows ({100 * present / rows["count"]:.1f} %), {format_bytes(num_bytes)}')
+    lines.append(f'in all    {format_bytes(total)} on disk')
+    key = read_key(folder / KEY_FILE)
+    lines.append('key       ' + json.dumps({name: value for name, value in key.items() if name != 'rows'}))
+    return '\n'.join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,10 +1,10 @@
 """A teacher that remembers: stored logits where there are any, else the live teacher's, which are stored."""
 import json
 import logging
-import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,24 +23,24 @@ _MAX_PENDING = 2
 
 
 class CachedTeacher(nn.Module):
-    """Stands in for the teacher in training: `stored(batch)` reads, calling it with the images computes and writes.
+    """Stands in for the teacher in training: reads the logits of a batch, or has them computed and stores them.
 
     What the student learns from is what the cache holds, also in the run that fills it: a run that is interrupted, or
     reads, sees the same logits to the bit.
 
+    The teacher is asked once for each batch of the loader, in order. Which batch that is follows from the loader's
+    sampler: the first call of a pass over the data is about its first batch, each further call about the next.
+
     Args:
         folder: The cache.
         layout: How a row is stored.
-        batch_sampler: That of the replayable training loader; its epoch is the one read.
+        batch_sampler: That of the replayable training loader.
         by_position: Rows are numbered by position in the epoch (where rows mix or share draws), else by sample index.
         device: Where the logits are wanted.
         teacher: The live teacher; None where all rows are present.
-
-    Attributes:
-        members: The single teachers, or what is known of them (`source`, `model_name`, `num_params`).
+        members: What is known of the single teachers (`source`, `model_name`, `num_params`) where none is live.
+        validation_key: What the teacher's validation depends on; needed for `validation`.
         must_store: Whether a disk that fills up ends the run; else it goes on with the live teacher and stores no more.
-        validation_key: What the teacher's validation depends on; None: it is not wanted.
-        validation_loader: The loader whose order stored predictions are wanted in.
     """
 
     def __init__(
@@ -51,6 +51,9 @@ class CachedTeacher(nn.Module):
             by_position: bool,
             device: torch.device,
             teacher: nn.Module | None = None,
+            members: Sequence[Any] = (),
+            validation_key: str | None = None,
+            must_store: bool = False,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -59,14 +62,12 @@ class CachedTeacher(nn.Module):
         self.by_position = by_position
         self.device = device
         self.teacher = teacher
-        self.members: list[Any] = [] if teacher is None else teacher.members
-        self.must_store = False
-        self.validation_key: str | None = None
-        self.validation_loader: DataLoader | None = None
+        self.members = list(members) if teacher is None else teacher.members
+        self.validation_key = validation_key
+        self.must_store = must_store
+        self._copies = HostCopies(device)
         self._file: EpochFile | None = None
-        self._epoch: int | None = None
-        self._rows: np.ndarray | None = None
-        self._pending: deque[tuple[torch.cuda.Event, np.ndarray, torch.Tensor]] = deque()
+        self._pass = self._batch = -1
 
     def compile(self, *args, **kwargs) -> 'CachedTeacher':
         """Compile the live teacher, if there is one."""
@@ -74,138 +75,137 @@ class CachedTeacher(nn.Module):
             self.teacher.compile(*args, **kwargs)
         return self
 
-    def epoch_rows(self, epoch: int) -> np.ndarray:
-        """Return the numbers of all rows that this rank reads in an epoch, `[N]`; sets the sampler to that epoch."""
-        self.batch_sampler.set_epoch(epoch)
-        return self._rows_of(0, len(self.batch_sampler))
-
-    def _rows_of(self, batch: int, num_batches: int = 1) -> np.ndarray:
-        return self.batch_sampler.rows(batch, num_batches)[int(self.by_position)]
-
-    def stored(self, batch: int) -> torch.Tensor | None:
-        """Read the logits of a batch of the epoch under way.
-
-        Args:
-            batch: Number of the batch in its epoch. A call with images that follows is about this batch.
-
-        Returns:
-            Logits `[B, C]` float32 on the device, or None where a row is absent.
-        """
-        if self._epoch != self.batch_sampler.epoch:
-            self._open(self.batch_sampler.epoch)
-        self._rows = rows = self._rows_of(batch)
-        if self._file is None or not self._file.has(rows).all():
-            return None
-        data = self._host_buffer(len(rows))
-        self._file.read(rows, data.numpy())
-        if batch + 1 < len(self.batch_sampler):
-            self._file.prefetch(self._rows_of(batch + 1))
-        return self.layout.unpack(data.to(self.device, non_blocking=True))
-
+    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute and store the logits of the batch that `stored` was last asked for.
+        """Return the logits of the next batch of the sampler's pass over the data.
 
         Args:
             images: Images `[B, in_chans, H, W]` of that batch, as the student gets them.
 
         Returns:
-            Logits `[B, C]` float32, as they will be read.
+            Logits `[B, C]` float32: the stored ones, or the live teacher's as they will be read.
+
+        Raises:
+            RuntimeError: The images are not those of the next batch, or their rows are absent and no teacher is there.
+            DiskFull: There is no room for the rows, and they must be stored.
         """
-        if self.teacher is None:
+        rows = self._next_rows()
+        if len(rows) != len(images):
+            raise RuntimeError(f'Batch {self._batch} has {len(rows)} rows, not {len(images)}: ask once for each batch.')
+        if self._file is not None and self._file.has(rows).all():
+            logits = self.layout.unpack(self._read(rows))
+        elif self.teacher is None:
             raise RuntimeError(f'{self.folder.path} lost rows during the run, and no teacher is there to compute them.')
-        packed = self.layout.pack(self.teacher(images))
-        if self.folder.writable:
-            with self._full_disk():
-                self._write(self._rows, packed)
-        return self.layout.unpack(packed)
+        else:
+            packed = self.layout.pack(self.teacher(images))
+            if self.folder.writable:
+                self._store(rows, packed)
+            logits = self.layout.unpack(packed)
+        if self._batch + 1 == len(self.batch_sampler):
+            self.flush()
+        return logits
+
+    def _next_rows(self) -> np.ndarray:
+        if self._pass == self.batch_sampler.num_passes:
+            self._batch += 1
+        else:
+            self.flush()
+            self._pass, self._batch = self.batch_sampler.num_passes, self.batch_sampler.start_batch
+            self._open(self.batch_sampler.epoch)
+        return self._rows_of(self._batch)
+
+    def _rows_of(self, batch: int) -> np.ndarray:
+        return self.batch_sampler.rows(batch)[int(self.by_position)]
+
+    def _read(self, rows: np.ndarray) -> torch.Tensor:
+        buffer = self._copies.buffer((len(rows), self.layout.row_bytes))
+        self._file.read(rows, buffer.numpy())
+        if self._batch + 1 < len(self.batch_sampler):
+            self._file.prefetch(self._rows_of(self._batch + 1))
+        return self._copies.to_device(buffer)
+
+    def _store(self, rows: np.ndarray, packed: torch.Tensor) -> None:
+        self._copies.start(rows, packed)
+        with self._going_on_when_full():
+            for arrived, data in self._copies.arrived():
+                self.folder.write(self._file, arrived, data)
 
     @contextmanager
-    def _full_disk(self) -> Iterator[None]:
-        """Go on without storing when the disk is full: a training run is worth more than its cache."""
+    def _going_on_when_full(self) -> Iterator[None]:
+        """Train on without storing when the disk is full: a training run is worth more than its cache."""
         try:
             yield
         except DiskFull as error:
             if self.must_store or self.teacher is None:
                 raise
-            self._pending.clear()
+            self._copies.drop()
             self.folder.writable = False
             _logger.warning(f'{error} This run goes on with the live teacher and stores no more.')
 
-    def _write(self, rows: np.ndarray, packed: torch.Tensor) -> None:
-        if packed.device.type != 'cuda':
-            self.folder.write(self._file, rows, packed.cpu().numpy())
-            return
-        data = self._host_buffer(len(rows))
-        data.copy_(packed, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._pending.append((copied, rows, data))
-        # A copy is written when it has arrived; the device, always a batch ahead, is not waited for.
-        while self._pending and (len(self._pending) > _MAX_PENDING or self._pending[0][0].query()):
-            self._write_oldest()
-
-    def _write_oldest(self) -> None:
-        copied, rows, data = self._pending.popleft()
-        copied.synchronize()
-        self.folder.write(self._file, rows, data.numpy())
-
-    def _host_buffer(self, num_rows: int) -> torch.Tensor:
-        return torch.empty(
-            (num_rows, self.layout.row_bytes), dtype=torch.uint8, pin_memory=self.device.type == 'cuda',
-        )
-
     def _open(self, epoch: int) -> None:
-        self.flush()
-        self._epoch = epoch
         if self.folder.writable:
-            with self._full_disk():
+            with self._going_on_when_full():
                 self._file = self.folder.open_epoch(epoch)
-        path = self.folder.epoch_path(epoch)
-        # The file is empty where there was no room to make it.
-        if self._file is None and os.path.lexists(path) and path.lstat().st_size:
+        # A file that there was no room to make is empty.
+        if self._file is None and self.folder.has_epoch(epoch):
             self._file = self.folder.open_epoch(epoch, writable=False)
 
     def flush(self) -> None:
-        """Write what is on its way and bring it to the disk."""
-        with self._full_disk():
-            while self._pending:
-                self._write_oldest()
-        if self._file is not None:
-            with self._full_disk():
-                self.folder.close_epoch(self._file)
-        self._file = self._epoch = None
+        """Write the rows that are on their way and bring the epoch's file to the disk."""
+        if self._file is None:
+            return
+        file = self._file
+        with self._going_on_when_full():
+            for arrived, data in self._copies.arrived(wait=True):
+                self.folder.write(file, arrived, data)
+        self._file = None
+        with self._going_on_when_full():
+            self.folder.close_epoch(file)
 
     def close(self) -> None:
-        """Store what is on its way and give the folder back."""
+        """Write what is on its way and give the folder back."""
         self.flush()
         self.folder.close()
+
+    def __enter__(self) -> 'CachedTeacher':
+        return self
+
+    def __exit__(
+            self,
+            kind: type[BaseException] | None,
+            error: BaseException | None,
+            traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            # It may be an error of the device, which would be raised again in its place by whoever waits for a copy.
+            self._copies.drop()
+        self.close()
 
     def combine(self, answers: list[torch.Tensor]) -> torch.Tensor:
         """Combine the answers of the live teacher's members."""
         return self.teacher.combine(answers)
 
-    def knows_validation(self) -> bool:
-        """Tell whether the teacher's validation is stored, or not wanted."""
-        return self.validation_key is None or bool(self.folder.load_validation(self.validation_key))
-
     def validation(
             self,
+            loader: DataLoader,
+            gather: Callable[[Any], list[Any]],
             evaluate: Callable[[], tuple[list[dict[str, float]], torch.Tensor]],
     ) -> tuple[list[dict[str, float]], torch.Tensor]:
         """Recall the teacher's validation, or have it made and store it.
 
         Args:
-            evaluate: Evaluates the live teacher: metrics of each member, and its classes `[N]` in the order of
-                `validation_loader`, of which each rank has every world-size-th sample.
+            loader: The validation loader, in whose order the predictions are wanted; each rank has every
+                world-size-th sample.
+            gather: Returns the values that all ranks give, in the order of the ranks.
+            evaluate: Evaluates the live teacher: metrics of each member, and its classes `[N]` in that order.
 
         Returns:
             The same, from the cache where it is there.
         """
-        sampler = self.validation_loader.sampler
-        rank, world_size = getattr(sampler, 'rank', 0), getattr(sampler, 'num_replicas', 1)
-        count = len(self.validation_loader.dataset)
-        stored = self.folder.load_validation(self.validation_key)
-        if on_all_ranks(bool(stored)):
+        rank, world_size = getattr(loader.sampler, 'rank', 0), getattr(loader.sampler, 'num_replicas', 1)
+        count = len(loader.dataset)
+        stored = self.folder.load_validation(self.validation_key, count)
+        if all(gather(bool(stored))):  # a rank alone would wait for the others' evaluation in vain
             # Ranks are padded with the first samples to equal numbers.
             own = np.arange(rank, -(-count // world_size) * world_size, world_size) % count
             metrics = json.loads(str(stored['metrics']))
@@ -214,21 +214,71 @@ class CachedTeacher(nn.Module):
                 _logger.info(f'Teacher {member.source}: top-1 {top1:.2f} %, top-5 {top5:.2f} % when it was evaluated')
             return metrics, torch.from_numpy(stored['predictions'][own]).to(self.device)
         metrics, predictions = evaluate()
-        parts = [predictions]
-        if world_size > 1:
-            parts = [torch.empty_like(predictions) for _ in range(world_size)]
-            torch.distributed.all_gather(parts, predictions)
+        whole = torch.stack(gather(predictions.cpu()), dim=1).flatten()[:count]
         if rank == 0:
-            whole = torch.stack(parts, dim=1).flatten()[:count].cpu().numpy()
-            with self._full_disk():
-                self.folder.save_validation(self.validation_key, metrics=json.dumps(metrics), predictions=whole)
+            with self._going_on_when_full():
+                self.folder.save_validation(
+                    self.validation_key, metrics=json.dumps(metrics), predictions=whole.numpy(),
+                )
         return metrics, predictions
 
 
-def on_all_ranks(answer: bool) -> bool:
-    """Agree: a rank that does what the others do not would wait for them in vain."""
-    if not torch.distributed.is_initialized():
-        return answer
-    answers = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(answers, answer)
-    return all(answers)
+class HostCopies:
+    """Rows between host and device, of which the host waits for none while the device has work.
+
+    A copy that is not waited for needs pinned memory on the host: from pageable memory torch copies as if it had been
+    told to wait. torch's allocator of pinned memory gives a buffer out again only when the copies that were queued with
+    it are done, so that a buffer may be let go at once. What a copy brings to the host is there when the event
+    recorded behind it has passed. All copies are queued on the stream on which their tensors are made and used: no
+    tensor crosses streams, and `record_stream` is not called for.
+
+    Args:
+        device: The device; where it is not CUDA every copy is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: deque[tuple[torch.cuda.Event | None, np.ndarray, torch.Tensor]] = deque()
+
+    def buffer(self, shape: tuple[int, int]) -> torch.Tensor:
+        """Return memory of the host that the device can copy from or to, uint8."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
+
+    def to_device(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Queue the copy of a buffer to the device."""
+        return buffer.to(self.device, non_blocking=self.device.type == 'cuda')
+
+    def start(self, rows: np.ndarray, data: torch.Tensor) -> None:
+        """Queue the copy of rows `[B]`, `data` `[B, row_bytes]` uint8, to the host."""
+        if data.device.type != 'cuda':
+            self._pending.append((None, rows, data.cpu()))
+            return
+        buffer = self.buffer(data.shape)
+        buffer.copy_(data, non_blocking=True)
+        self._pending.append((torch.cuda.current_stream(data.device).record_event(), rows, buffer))
+
+    def arrived(self, wait: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield rows and their data in the order they were started, as far as they have arrived.
+
+        Args:
+            wait: Wait for those on their way; else only for those before the last two.
+        """
+        while self._pending and (wait or len(self._pending) > _MAX_PENDING or self._has_arrived()):
+            event, rows, data = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            yield rows, data.numpy()
+
+    def _has_arrived(self) -> bool:
+        event = self._pending[0][0]
+        return event is None or event.query()
+
+    def drop(self) -> None:
+        """Forget what is on its way."""
+        self._pending.clear()
+
+
+def epoch_rows(batch_sampler: ReplayBatchSampler, by_position: bool, epoch: int) -> np.ndarray:
+    """Return the numbers of all rows that this rank reads in an epoch, `[N]`; sets the sampler to that epoch."""
+    batch_sampler.set_epoch(epoch)
+    return batch_sampler.rows(0, len(batch_sampler))[int(by_position)]

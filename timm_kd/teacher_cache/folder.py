@@ -195,6 +195,11 @@ class CacheFolder:
     def epoch_path(self, epoch: int) -> Path:
         return self.path / _epoch_name(epoch)
 
+    def has_epoch(self, epoch: int) -> bool:
+        """Tell whether there is a file of an epoch; an empty one was left where there was no room for it."""
+        path = self.epoch_path(epoch)
+        return os.path.lexists(path) and path.lstat().st_size > 0
+
     def open_epoch(self, epoch: int, writable: bool = True) -> EpochFile:
         """Open an epoch's file.
 
@@ -244,7 +249,7 @@ class CacheFolder:
             needed_rows: Gives the row numbers needed of an epoch; asked only while all before are present.
         """
         for epoch in epochs:
-            if not os.path.lexists(self.epoch_path(epoch)):
+            if not self.has_epoch(epoch):
                 return False
             file = self.open_epoch(epoch)
             try:
@@ -282,10 +287,10 @@ class CacheFolder:
                 '(--teacher-cache-topk), or use another disk.'
             )
 
-    def load_validation(self, key: str) -> dict[str, np.ndarray]:
-        """Return the arrays of the teacher's validation under a key, or an empty dict."""
+    def load_validation(self, key: str, count: int) -> dict[str, np.ndarray]:
+        """Return the arrays of the teacher's validation on `count` images under a key, or an empty dict."""
         stored = read_validation(_validation_path(self.path, key))
-        return stored if str(stored.get('key')) == key else {}
+        return stored if str(stored.get('key')) == key and len(stored['predictions']) == count else {}
 
     def save_validation(self, key: str, **arrays: Any) -> None:
         """Store the arrays of the teacher's validation under a key; nothing where it cannot be written."""
@@ -330,6 +335,21 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], RowLayout]:
     except (LookupError, TypeError):
         pass
     raise OtherKey(f'{folder / KEY_FILE} is damaged: fill the folder anew with --teacher-cache-rebuild.')
+
+
+def precision_of(teacher: Key) -> str | None:
+    """Return the precision in a teacher's fingerprint, as `--teacher-dtype` has it; None where its members differ."""
+    members = [teacher] if 'dtype' in teacher else teacher.values()
+    found = {member.get('dtype') for member in members if isinstance(member, dict)}
+    precision = found.pop() if len(found) == 1 else None
+    return 'amp' if precision == 'float32 amp' else precision
+
+
+def read_precision(folder: Path) -> str | None:
+    """Return the precision in which a cache's teacher answered; None where no teacher has been there yet."""
+    path = folder / TEACHER_FILE
+    teacher = read_key(path).get('teacher') if os.path.lexists(path) else None
+    return precision_of(teacher) if isinstance(teacher, dict) else None
 
 
 def read_members(folder: Path) -> list[dict[str, Any]] | None:

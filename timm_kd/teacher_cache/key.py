@@ -1,17 +1,28 @@
-"""What a cache was filled for: everything that decides the pixels or the logits, field by field."""
+"""What a cache was filled for, field by field: what identifies data and teacher, kept in JSON and compared."""
+import copy
+import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from timm.data.readers.reader import Reader
+from timm.models import get_pretrained_cfg
+from torch.utils.data import Dataset
+
 from ..errors import UsageError
 from ..files import open_regular
+from ..teacher.locate import locate
 
 Key = dict[str, Any]
+
 _MAX_SHOWN = 5
+_MAX_SIZES, _MAX_CONTENTS = 4096, 256
+_WEIGHTS = ('*.safetensors', '*.bin', '*.pth', '*.pt', 'config.json')
 
 
 class OtherKey(UsageError):
@@ -110,3 +121,104 @@ def temporary_file(folder: Path) -> Iterator[IO[bytes]]:
             yield file
     finally:
         path.unlink(missing_ok=True)
+
+
+def fingerprint_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Describe which samples a map-style data set holds, in which order.
+
+    File names and classes are hashed, and of files spread over the set the sizes of up to 4096 and the content of up to
+    256: reading all of ImageNet to notice a changed pixel would cost as much as an epoch.
+
+    Args:
+        dataset: One of timm's `create_dataset`, or any with a length.
+
+    Returns:
+        `type`, `count`, and hashes: `files`, `sizes`, `contents`, `targets`, `classes`, each where the data set knows
+        them.
+    """
+    reader = getattr(dataset, 'reader', dataset)
+    found = {'type': type(reader).__name__, 'count': len(dataset)}
+    samples = getattr(reader, 'samples', None)
+    if isinstance(samples, list) and isinstance(samples[0][0], str):
+        root = str(getattr(reader, 'root', os.path.commonpath([samples[0][0], samples[-1][0]])))
+        found['files'] = _hash(f'{path.removeprefix(root)} {target}' for path, target in samples)
+        found['sizes'] = _hash(str(os.path.getsize(path)) for path, _ in _spread(samples, _MAX_SIZES))
+    elif hasattr(getattr(reader, 'dataset', None), '_fingerprint'):
+        return {**found, 'files': reader.dataset._fingerprint}  # of Hugging Face datasets: of data and transforms
+    elif isinstance(reader, Reader):
+        found['files'] = _hash(reader.filenames())
+    if isinstance(reader, Reader):
+        found['contents'] = _hash_blocks(_contents(reader))
+    elif hasattr(dataset, 'data'):  # torchvision's data sets in memory
+        found['contents'] = _hash_blocks(np.asarray(image).tobytes() for image in _spread(dataset.data, _MAX_CONTENTS))
+    if hasattr(reader, 'targets'):
+        found['targets'] = _hash(str(target) for target in reader.targets)
+    if getattr(reader, 'class_to_idx', None):
+        found['classes'] = _hash(f'{name} {index}' for name, index in reader.class_to_idx.items())
+    return found
+
+
+def _contents(reader: Reader) -> Iterator[bytes]:
+    if getattr(reader, 'cache_tarfiles', False):
+        # Workers must not inherit an open tar file: they would share its position.
+        reader = copy.copy(reader)
+        reader.cache_tarfiles = False
+    for index in _spread(range(len(reader)), _MAX_CONTENTS):
+        with reader[index][0] as file:
+            yield file.read()
+
+
+def fingerprint_teacher(spec: str) -> dict[str, Any]:
+    """Describe where a teacher's weights come from, in such a way that other weights look different.
+
+    Files are hashed; a name of timm stands for the file it downloads, a Hub repository for itself: whether that has
+    been pushed to since is seen when the teacher is loaded, from its own `fingerprint`.
+
+    Args:
+        spec: A spec of `Teacher`.
+
+    Raises:
+        UsageError: It points nowhere.
+    """
+    kind, place = locate(spec)
+    if kind == 'file':
+        return {'sha256': _hash_files([Path(place)])}
+    if kind == 'folder':
+        folder = Path(place.removeprefix('local-dir:'))
+        files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+        return {'sha256': _hash_files(files)}
+    if kind == 'timm':
+        cfg = get_pretrained_cfg(place)
+        return {'timm': place, 'weights': cfg.hf_hub_id or cfg.url or str(cfg.file), 'tag': cfg.tag}
+    return {'hub': place.split(':', 1)[-1]}
+
+
+def hash_file(path: str | Path) -> str:
+    """sha256 of a file's content."""
+    return _hash_files([Path(path)])
+
+
+def _spread(items: Sequence, count: int) -> Sequence:
+    """Return at most so many items, evenly spread, or all."""
+    return items[::-(-len(items) // count)]
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
+
+
+def _hash_files(paths: list[Path]) -> str:
+    return _hash_blocks(block for path in paths for block in _blocks(path))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _hash_blocks(blocks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()

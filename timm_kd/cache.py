@@ -1,0 +1,274 @@
+"""args -> the cached teacher of a run: what its logits depend on, and whether the live teacher is needed at all."""
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+from .build import create_run_teacher
+from .cli import KDSettings
+from .data import DataConfig, TrainData
+from .errors import UsageError
+from .process import Process
+from .setup import augmentation_settings, image_mode
+from .teacher_cache import CachedTeacher, CacheFolder, RowLayout
+from .teacher_cache.cached_teacher import epoch_rows
+from .teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision
+from .teacher_cache.key import Key, fingerprint_dataset, fingerprint_teacher, hash_file, read_key
+
+_logger = logging.getLogger(__name__)
+
+_PATHS = 'data', 'data_dir', 'class_map', 'teacher', 'teacher_class_map', 'pretrained_path', 'initial_checkpoint'
+
+
+def open_cached_teacher(
+        args: argparse.Namespace,
+        args_text: str,
+        kd: KDSettings,
+        data_config: DataConfig,
+        data: TrainData,
+        eval_loader: DataLoader | None,
+        process: Process,
+        dtype: torch.dtype | None,
+        epochs: Sequence[int],
+        live: bool = False,
+        must_store: bool = False,
+) -> CachedTeacher:
+    """Open `--teacher-cache`, and load the live teacher if this run needs a row that is absent.
+
+    Args:
+        args: The run's flags.
+        args_text: The same as YAML, kept in the folder for `verify`.
+        kd: The distillation.
+        data_config: timm's data config of the images.
+        data: The training data, with a replayable loader.
+        eval_loader: Validation loader, or None.
+        process: The process that trains.
+        dtype: Dtype of the images; None for float32.
+        epochs: Epochs that the run will read.
+        live: Load the live teacher in any case, to compare with what is stored, and throw nothing away.
+        must_store: Whether a disk that fills up ends the run.
+
+    Raises:
+        UsageError: The cache was filled for another run's data or teacher, is damaged, or does not fit the disk.
+    """
+    _check_supported(args)
+    if data.mixup_active:
+        _check_mixup_off(args, epochs)
+    by_position = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
+    count = len(data.loader) * args.batch_size * process.world_size if by_position else len(data.dataset)
+    layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
+    key = _cache_key(args, kd, data_config, data, by_position, count, process, dtype)
+    rebuild = args.teacher_cache_rebuild and not live
+    # Whether rows have to be thrown away depends on what the teacher says of itself, too.
+    teacher = create_run_teacher(args, kd, data_config, process) if live or rebuild else None
+    with process.primary_first():  # it makes the folder, or clears it
+        folder = CacheFolder(
+            args.teacher_cache,
+            key,
+            count,
+            layout.row_bytes,
+            rebuild=rebuild and process.primary,
+            teacher=teacher.fingerprint() if teacher is not None and process.primary else None,
+        )
+    wanted = eval_loader is not None and not args.no_teacher_eval
+    validation = _validation_key(args, data_config, eval_loader) if wanted else None
+    sampler = data.loader.batch_sampler
+
+    def cached(teacher: torch.nn.Module | None, members: Sequence[Any] = ()) -> CachedTeacher:
+        return CachedTeacher(
+            folder, layout, sampler, by_position, process.device, teacher, members, validation, must_store,
+        )
+
+    if live:
+        return cached(teacher)
+    # Which epochs are distinct is the sampler's to say.
+    epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs}) if args.teacher_cache_epochs else epochs
+    complete = folder.covers(epochs, lambda epoch: epoch_rows(sampler, by_position, epoch))
+    members = read_members(folder.path)
+    knows_validation = validation is None or bool(folder.load_validation(validation, len(eval_loader.dataset)))
+    if all(process.gather(complete and knows_validation and members is not None)):
+        _logger.info(f'Teacher cache {folder.path}: all rows are there, the teacher is not needed.')
+        return cached(None, [SimpleNamespace(**member) for member in members])
+    if not complete:
+        folder.check_space(epochs)
+    if teacher is None:
+        teacher = create_run_teacher(args, kd, data_config, process)
+        if process.primary:
+            fingerprint = teacher.fingerprint()
+            _check_precision(folder.path, kd, fingerprint)
+            folder.claim_teacher(fingerprint)
+        process.barrier()
+    if process.primary:
+        names = 'source', 'model_name', 'num_params'
+        folder.describe(
+            [{name: getattr(member, name) for name in names} for member in teacher.members],
+            _from_anywhere(args_text),
+        )
+    return cached(teacher)
+
+
+def _check_supported(args: argparse.Namespace) -> None:
+    """Refuse what stored logits cannot follow."""
+    cache = f'--teacher-cache {args.teacher_cache}'
+    if os.name != 'posix':
+        raise UsageError(f'{cache}: needs the file locks of Linux or macOS, leave it out.')
+    if args.teacher_cache_topk and args.teacher_cache_topk >= args.num_classes:
+        raise UsageError(
+            f'--teacher-cache-topk {args.teacher_cache_topk}: there are {args.num_classes} classes, leave it out or '
+            'take fewer.'
+        )
+    if args.teacher_cache_topk and args.teacher_class_map_missing == 'mask':
+        raise UsageError(
+            f'--teacher-cache-topk {args.teacher_cache_topk}: spreads the rest over all classes, the masked ones '
+            'included: leave out this or --teacher-class-map-missing mask.'
+        )
+
+
+def _check_mixup_off(args: argparse.Namespace, epochs: Sequence[int]) -> None:
+    distinct, off = args.teacher_cache_epochs, args.mixup_off_epoch
+    if distinct and off and distinct <= max(epochs, default=0):
+        raise UsageError(
+            f'--teacher-cache-epochs {distinct}: the epochs after --mixup-off-epoch {off} have other images than the '
+            'stored ones, leave out one of the two.'
+        )
+
+
+def _cache_key(
+        args: argparse.Namespace,
+        kd: KDSettings,
+        data_config: DataConfig,
+        data: TrainData,
+        by_position: bool,
+        count: int,
+        process: Process,
+        dtype: torch.dtype | None,
+) -> Key:
+    """Collect everything that decides the pixels a row stands for, or the logits of those pixels."""
+    on_device = args.reprob > 0 and not args.no_aug and not args.no_prefetcher
+    key = {
+        'versions': {name: version(name).split('+')[0] for name in ('timm', 'torchvision', 'pillow')},
+        'seed': args.seed,
+        'dataset': fingerprint_dataset(data.dataset),
+        'images': {
+            'input_size': data_config['input_size'],
+            'mean': data_config['mean'],
+            'std': data_config['std'],
+            'mode': image_mode(args, data_config['input_size'][0]),
+            'dtype': str(dtype or torch.float32).removeprefix('torch.'),
+            'prefetcher': not args.no_prefetcher,
+            **_augmentation(args, data_config),
+        },
+        'erasing_device': process.device.type if on_device and args.remode != 'const' else None,
+        'teacher': _teacher_key(args, kd),
+        'rows': {
+            'by': 'position' if by_position else 'sample',
+            'count': count,
+            'classes': args.num_classes,
+            'dtype': args.teacher_cache_dtype,
+            'topk': args.teacher_cache_topk,
+        },
+    }
+    if by_position:
+        key['batches'] = {'batch_size': args.batch_size, 'world_size': process.world_size}
+    if data.mixup_active:
+        names = ['mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_mode', 'mixup_off_epoch']
+        if args.mixup and (args.cutmix or args.cutmix_minmax):
+            names.append('mixup_switch_prob')
+        key['mixing'] = {name: getattr(args, name) for name in names}
+    return key
+
+
+def _augmentation(args: argparse.Namespace, data_config: DataConfig) -> Key:
+    """Return the settings that act: a flag that another one switches off makes no other images."""
+    settings = augmentation_settings(args, data_config)
+    if args.no_aug:
+        return {name: settings[name] for name in ('no_aug', 'interpolation')}
+    settings['train_crop_mode'] = settings['train_crop_mode'] or 'rrc'  # timm's default
+    return {name: value for name, value in settings.items() if args.reprob or not name.startswith('re_')}
+
+
+def _teacher_key(args: argparse.Namespace, kd: KDSettings) -> Key:
+    specs = [kd.teacher] if isinstance(kd.teacher, str) else list(kd.teacher)
+    class_map = args.teacher_class_map
+    return {
+        'members': [_member_key(args.teacher_cache, number, spec) for number, spec in enumerate(specs)],
+        'model': args.teacher_model,
+        'kwargs': args.teacher_kwargs,
+        'ema': args.teacher_ema,
+        'img_size': args.teacher_img_size,
+        'dtype': _requested_precision(args.teacher_cache, kd.teacher_dtype),
+        'autocast': args.amp_dtype if kd.teacher_dtype == 'amp' else None,
+        'class_map': hash_file(class_map) if class_map and os.path.isfile(class_map) else class_map,
+        'class_map_missing': args.teacher_class_map_missing,
+    }
+
+
+def _stored_teacher(folder: str) -> Key:
+    """Return what the key of a cache says of the teacher; nothing where there is no key."""
+    path = Path(folder, KEY_FILE)
+    teacher = read_key(path).get('teacher') if os.path.lexists(path) else None
+    return teacher if isinstance(teacher, dict) else {}
+
+
+def _requested_precision(folder: str, requested: str) -> str:
+    """Return `--teacher-dtype` as the key has it: `auto` and the precision that it was at the fill are the same."""
+    same = _stored_teacher(folder).get('dtype') == 'auto' and read_precision(Path(folder)) == requested
+    return 'auto' if same else requested
+
+
+def _check_precision(folder: Path, kd: KDSettings, teacher: Key) -> None:
+    """Name the precision to give where `auto` is another one on this machine than it was on the one that filled."""
+    stored, own = read_precision(folder), precision_of(teacher)
+    if kd.teacher_dtype == 'auto' and stored not in (None, own):
+        raise UsageError(
+            f'--teacher-cache {folder} was filled by a teacher in {stored}, and --teacher-dtype auto is {own} on this '
+            f'machine: add --teacher-dtype {stored}.'
+        )
+
+
+def _member_key(folder: str, number: int, spec: str) -> Key:
+    try:
+        return fingerprint_teacher(spec)
+    except UsageError:
+        # A complete cache stands in for a teacher that is no longer there.
+        members = read_members(Path(folder)) or []
+        if [member['source'] for member in members[number:number + 1]] != [spec]:
+            raise
+        _logger.warning(f'--teacher {spec} is not there: trusting the logits in {folder}.')
+        stored = _stored_teacher(folder).get('members', [])
+        return stored[number] if number < len(stored) else {}
+
+
+def _validation_key(args: argparse.Namespace, data_config: DataConfig, eval_loader: DataLoader) -> str:
+    """Collect what the teacher's validation depends on beside the teacher, as JSON."""
+    return json.dumps({
+        'dataset': fingerprint_dataset(eval_loader.dataset),
+        'images': {name: data_config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
+        'crop_mode': data_config['crop_mode'],
+        'mode': image_mode(args, data_config['input_size'][0]),
+        'prefetcher': not args.no_prefetcher,
+    })
+
+
+def _from_anywhere(args_text: str) -> str:
+    """Return flags that mean the same in another working directory."""
+    flags = yaml.safe_load(args_text)
+    flags.update({name: _absolute(flags[name]) for name in _PATHS if flags.get(name)})
+    return yaml.safe_dump(flags)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    prefix = 'local-dir:' if value.startswith('local-dir:') else ''
+    path = Path(value.removeprefix(prefix)).expanduser()
+    return prefix + str(path.resolve()) if path.exists() else value
