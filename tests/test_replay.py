@@ -8,11 +8,14 @@ from PIL import Image
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 from timm.data.dataset import AugMixDataset
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from timm_kd.errors import UsageError
 from timm_kd.replay import BatchKey, ReplayMixup, make_replayable
 from timm_kd.replay.batches import ShuffledSampler
+from timm_kd.replay.draws import ERASING, derive_seed, seed_generators, seeds_under
+from timm_kd.replay.transforms import ReplayErasing
 
 NUM_CLASSES, PER_CLASS, SIZE = 4, 9, 16
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
@@ -233,6 +236,27 @@ def test_erasing_keeps_its_rate_and_its_unit_normal_pixels(image_folder):
     pixels = torch.cat(pixels)
     assert 0.4 < np.mean(changed) < 0.6  # 216 rows, sigma 0.034
     assert abs(pixels.mean()) < 0.03 and abs(pixels.std() - 1) < 0.03
+
+
+@pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])
+@pytest.mark.parametrize('splits', [0, 2])
+def test_erasing_draws_what_timms_does_under_the_seed_of_each_row(image_folder, mode, splits):
+    sampler = build(image_folder, world_size=2, rank=1, batch_size=8).batch_sampler
+    sampler.set_epoch(3, start_batch=1)
+    next(iter(sampler))
+    sampler.deliver()
+    erasing = RandomErasing(0.6, mode=mode, max_count=3, num_splits=splits, device='cpu')
+    images = torch.randn(8 * max(splits, 1), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    erased, expected = ReplayErasing(erasing, sampler)(images.clone()), images.clone()
+    for row in range(8 if splits else 0, len(images)):
+        seed_generators(derive_seed(1, ERASING, 3, (8 + row % 8) * 2 + 1, row // 8))
+        erasing(expected[row])
+    assert torch.equal(erased, expected) and not torch.equal(erased, images)
+
+
+def test_seeds_are_the_same_on_every_machine_and_in_every_version():
+    assert derive_seed(42, 1, 2, 3, 4) == seeds_under(42, 1, 2)(3, 4) == 7672673772148980576
+    assert derive_seed(2 ** 62, -1) == 14473065819198696368
 
 
 def test_an_iterable_data_set_is_refused_by_the_flags_name():

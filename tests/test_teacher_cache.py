@@ -7,6 +7,7 @@ import shutil
 import signal
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,26 @@ def test_an_epoch_file_gives_back_rows_written_in_any_order(tmp_path):
     assert np.flatnonzero(file.has(np.arange(100))).tolist() == [0, 7, 8, 9, 99]
 
 
+def test_a_row_whose_checksum_is_zero_is_present_all_the_same(tmp_path):
+    start = bytes(range(ROW - 4))
+    end = (zlib.crc32(start) ^ int.from_bytes(b'\x9d\x0a\xd9\x6d', 'little')).to_bytes(4, 'little')  # whose own is 0
+    assert zlib.crc32(start + end) == 0
+    file = EpochFile(tmp_path / 'epoch', 100, ROW, writable=True)
+    file.write(np.array([3]), np.frombuffer(start + end, np.uint8)[None])
+    assert file.has(np.arange(5)).tolist() == [False, False, False, True, False]
+    assert len(file.damaged()) == 0
+
+
+def test_damaged_rows_are_found_wherever_they_are(tmp_path):
+    file = EpochFile(tmp_path / 'epoch', 10_000, ROW, writable=True)
+    file.write(np.arange(10_000), rows_of(10_000))
+    with open(tmp_path / 'epoch', 'r+b') as raw:
+        for row in (0, 4095, 4096, 9_999):
+            raw.seek(epoch_file_size(10_000, ROW) - (10_000 - row) * ROW)
+            raw.write(bytes(ROW))
+    assert file.damaged().tolist() == [0, 4095, 4096, 9_999]
+
+
 def test_an_epoch_file_cut_short_is_refused(tmp_path):
     EpochFile(tmp_path / 'epoch', 100, ROW, writable=True).close()
     os.truncate(tmp_path / 'epoch', 5000)
@@ -134,8 +155,8 @@ def test_the_same_key_opens_a_cache_again(tmp_path):
 
 def store_rows(cache, epoch=0):
     file = cache.open_epoch(epoch)
-    cache.write(file, np.arange(100), rows_of(100))
-    cache.close_epoch(file)
+    file.write(np.arange(100), rows_of(100))
+    file.close()
 
 
 def test_another_key_is_refused_with_field_values_and_way_out(tmp_path):
@@ -190,8 +211,8 @@ def test_a_cache_is_not_cleared_while_another_run_uses_it(tmp_path, rebuild):
 def test_two_runs_fill_one_cache_together(tmp_path):
     one, two = folder(tmp_path), folder(tmp_path)
     files = one.open_epoch(3), two.open_epoch(3)
-    one.write(files[0], np.arange(0, 60), rows_of(100)[:60])
-    two.write(files[1], np.arange(40, 100), rows_of(100)[40:])
+    files[0].write(np.arange(0, 60), rows_of(100)[:60])
+    files[1].write(np.arange(40, 100), rows_of(100)[40:])
     assert files[0].has(np.arange(100)).all() and files[1].has(np.arange(100)).all()
     out = np.empty((100, ROW), np.uint8)
     files[0].read(np.arange(100), out)
@@ -202,7 +223,7 @@ def test_a_cache_covers_a_run_when_the_rows_it_needs_are_there(tmp_path):
     cache = folder(tmp_path)
     for epoch in (0, 1):
         file = cache.open_epoch(epoch)
-        cache.write(file, np.arange(90), rows_of(90))
+        file.write(np.arange(90), rows_of(90))
         file.close()
     assert cache.covers([0, 1], lambda epoch: np.arange(90))
     assert not cache.covers([0, 1], lambda epoch: np.arange(91))
@@ -223,10 +244,10 @@ def test_a_full_disk_is_an_error_and_keeps_what_was_written(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         cache = folder(tmp_path)
         file = cache.open_epoch(0)
-        cache.write(file, np.arange(10), rows_of(10))
+        file.write(np.arange(10), rows_of(10))
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 40 * ROW, resource.RLIM_INFINITY))
         try:
-            cache.write(file, np.arange(30, 50), rows_of(20))
+            file.write(np.arange(30, 50), rows_of(20))
         except UsageError:
             os._exit(7)
         os._exit(1)

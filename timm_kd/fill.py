@@ -256,7 +256,7 @@ def _verify_epoch(run: TeacherRun, epoch: int, num_batches: int) -> bool:
     if damaged and file.writable:
         file.drop_damaged()  # the next run with the teacher computes them again
     present = file.has(run.rows(epoch)).reshape(run.num_batches, -1).all(axis=1)
-    folder.close_epoch(file)
+    file.close()
     complete = np.flatnonzero(present)
     sample = np.random.default_rng(epoch).choice(complete, min(num_batches, len(complete)), replace=False)
     worst = max((_difference(run, epoch, batch) for batch in sorted(sample.tolist())), default=0.0)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..replay import ReplayBatchSampler
-from .epoch_file import EpochFile
-from .folder import CacheFolder, DiskFull
+from .epoch_file import DiskFull, EpochFile
+from .folder import CacheFolder
 from .layout import RowLayout
 
 _logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class CachedTeacher(nn.Module):
         self._copies.start(rows, packed)
         with self._going_on_when_full():
             for arrived, data in self._copies.arrived():
-                self.folder.write(self._file, arrived, data)
+                self._file.write(arrived, data)
 
     @contextmanager
     def _going_on_when_full(self) -> Iterator[None]:
@@ -157,10 +157,10 @@ class CachedTeacher(nn.Module):
         file = self._file
         with self._going_on_when_full():
             for arrived, data in self._copies.arrived(wait=True):
-                self.folder.write(file, arrived, data)
+                file.write(arrived, data)
         self._file = None
         with self._going_on_when_full():
-            self.folder.close_epoch(file)
+            file.close()
 
     def close(self) -> None:
         """Write what is on its way and give the folder back."""

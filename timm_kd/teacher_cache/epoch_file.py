@@ -16,6 +16,8 @@ import logging
 import mmap
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,25 @@ _logger = logging.getLogger(__name__)
 
 _PAGE = 4096  # of the file; a machine's own may be larger
 _ROWS_AT_ONCE = 4096
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
+class DiskFull(UsageError):
+    """The disk of a cache has no more room."""
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise a UsageError in place of an OSError, `DiskFull` for want of room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise DiskFull(
+                f'--teacher-cache {path}: the disk is full. What is stored so far is kept: make room and start again, '
+                'or store less with --teacher-cache-epochs or --teacher-cache-topk.'
+            ) from error
+        raise UsageError(f'--teacher-cache {error.filename or path}: {error.strerror}.') from error
 
 
 def _pages(num_bytes: int) -> int:
@@ -51,15 +72,16 @@ class EpochFile:
         checksums: CRC-32 of the rows, `[N]` uint32, 0 where absent; live while the file is writable.
 
     Raises:
-        UsageError: The file has another size, so it was cut short or holds other rows; or it is no regular file.
-        OSError: The disk is full, or the file cannot be opened.
+        UsageError: The file has another size, so it was cut short or holds other rows; or it cannot be opened.
+        DiskFull: There is no room for its head.
     """
 
     def __init__(self, path: Path, num_rows: int, row_bytes: int, writable: bool) -> None:
         self.path = path
         self.row_bytes = row_bytes
         self.writable = writable
-        self._fd = open_regular(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
+        with explained(path):
+            self._fd = open_regular(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
         try:
             self._allocate(epoch_file_size(num_rows, row_bytes), head=_PAGE + _pages(4 * num_rows))
         except BaseException:
@@ -77,10 +99,11 @@ class EpochFile:
     def _allocate(self, size: int, head: int) -> None:
         found = os.fstat(self._fd).st_size
         if found == 0 and self.writable:
-            os.ftruncate(self._fd, size)
-            if hasattr(os, 'posix_fallocate'):
-                # The head is written through the map, where a full disk would be a SIGBUS.
-                os.posix_fallocate(self._fd, 0, head)
+            with explained(self.path):
+                os.ftruncate(self._fd, size)
+                if hasattr(os, 'posix_fallocate'):
+                    # The head is written through the map, where a full disk would be a SIGBUS.
+                    os.posix_fallocate(self._fd, 0, head)
         elif found != size:
             raise UsageError(
                 f'--teacher-cache: {self.path} has {found} bytes instead of {size}, it was cut short: delete it to '
@@ -105,13 +128,16 @@ class EpochFile:
         """Write rows `[B]`, `data` `[B, row_bytes]` uint8.
 
         Raises:
-            OSError: The disk is full.
+            DiskFull: There is no room for them.
         """
         self._unsynced[0] = 1
         neighbours = np.flatnonzero(np.diff(rows) != 1) + 1
         for start, stop in zip([0, *neighbours], [*neighbours, len(rows)], strict=True):
             # Not through the map, where a full disk would be a SIGBUS.
-            self._write_at(memoryview(data[start:stop]).cast('B'), self._rows_at + int(rows[start]) * self.row_bytes)
+            with explained(self.path):
+                self._write_at(
+                    memoryview(data[start:stop]).cast('B'), self._rows_at + int(rows[start]) * self.row_bytes,
+                )
         self.checksums[rows] = self._checksums_of(data)
 
     def _write_at(self, data: memoryview, offset: int) -> None:
@@ -143,14 +169,15 @@ class EpochFile:
         """Bring the rows to the disk, and say so in the file.
 
         Raises:
-            OSError: They did not fit after all; the file is closed all the same.
+            DiskFull: They did not fit after all; the file is closed all the same.
         """
         if self._fd is None:
             return
         fd, self._fd = self._fd, None
         try:
             if self.writable and self._unsynced[0]:
-                os.fsync(fd)
+                with explained(self.path):
+                    os.fsync(fd)
                 self._unsynced[0] = 0
         finally:
             os.close(fd)

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..files import open_regular
-from .epoch_file import EpochFile, epoch_file_size
+from .epoch_file import EpochFile, epoch_file_size, explained
 from .key import Key, OtherKey, claim_key, read_key, temporary_file, write_new
 from .layout import RowLayout
 
@@ -38,11 +38,6 @@ KEY_FILE, LOCK_FILE, TEACHER_FILE, MEMBERS_FILE, ARGS_FILE = \
 VALIDATION_FILES = 'validation-*.npz'
 _MEMBER = {'source', 'model_name', 'num_params'}
 _READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
-_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-
-
-class DiskFull(UsageError):
-    """The disk of a cache has no more room."""
 
 
 class CacheFolder:
@@ -91,11 +86,9 @@ class CacheFolder:
                 raise UsageError(f'--teacher-cache {path}: {reason}.') from error
         self.writable = self._lock is not None
         try:
-            self._share()
-            self._claim({'format': FORMAT, **key}, teacher, rebuild)
-        except OSError as error:
-            self.close()
-            raise self._explain(error) from error
+            with explained(self.path):
+                self._share()
+                self._claim({'format': FORMAT, **key}, teacher, rebuild)
         except BaseException:
             self.close()
             raise
@@ -201,45 +194,8 @@ class CacheFolder:
         return os.path.lexists(path) and path.lstat().st_size > 0
 
     def open_epoch(self, epoch: int, writable: bool = True) -> EpochFile:
-        """Open an epoch's file.
-
-        Raises:
-            UsageError: It was cut short, or cannot be made; `DiskFull` for want of room.
-        """
-        try:
-            return EpochFile(self.epoch_path(epoch), self.num_rows, self.row_bytes, writable and self.writable)
-        except OSError as error:
-            raise self._explain(error) from error
-
-    def write(self, file: EpochFile, rows: np.ndarray, data: np.ndarray) -> None:
-        """Write rows `[B]`, `data` `[B, row_bytes]` uint8.
-
-        Raises:
-            DiskFull: There is no room for them.
-        """
-        try:
-            file.write(rows, data)
-        except OSError as error:
-            raise self._explain(error) from error
-
-    def close_epoch(self, file: EpochFile) -> None:
-        """Close an epoch's file.
-
-        Raises:
-            DiskFull: What was written did not fit after all.
-        """
-        try:
-            file.close()
-        except OSError as error:
-            raise self._explain(error) from error
-
-    def _explain(self, error: OSError) -> UsageError:
-        if error.errno in _NO_ROOM:
-            return DiskFull(
-                f'--teacher-cache {self.path}: the disk is full. What is stored so far is kept: make room and start '
-                'again, or store less with --teacher-cache-epochs or --teacher-cache-topk.'
-            )
-        return UsageError(f'--teacher-cache {error.filename or self.path}: {error.strerror}.')
+        """Open an epoch's file."""
+        return EpochFile(self.epoch_path(epoch), self.num_rows, self.row_bytes, writable and self.writable)
 
     def covers(self, epochs: Iterable[int], needed_rows: Callable[[int], np.ndarray]) -> bool:
         """Tell whether all rows that a run will read are present.
@@ -296,13 +252,10 @@ class CacheFolder:
         """Store the arrays of the teacher's validation under a key; nothing where it cannot be written."""
         if not self.writable:
             return
-        try:
-            with temporary_file(self.path) as file:
-                np.savez(file, key=key, **arrays)
-                file.flush()
-                os.replace(file.name, _validation_path(self.path, key))
-        except OSError as error:
-            raise self._explain(error) from error
+        with explained(self.path), temporary_file(self.path) as file:
+            np.savez(file, key=key, **arrays)
+            file.flush()
+            os.replace(file.name, _validation_path(self.path, key))
 
 
 def epoch_files(folder: Path) -> dict[int, Path]:
