@@ -416,3 +416,13 @@ def test_a_complete_cache_is_read_on_another_kind_of_processor(tmp_path, run, te
     assert run(*cache(tmp_path / 'cache')) == filled
     shutil.rmtree(teacher)
     assert run(*cache(tmp_path / 'cache'), '--teacher-dtype', 'bfloat16') == filled
+
+
+@pytest.mark.parametrize('name', ['key.json', 'teacher.json'])
+def test_a_damaged_file_is_refused_and_rebuild_clears_it(filled, run, tmp_path, capsys, name):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    (folder / name).write_text('{"teacher": {')
+    flags = [*cache(folder), '--epochs', '3']
+    assert f'{name} is damaged: use --teacher-cache-rebuild' in refused(capsys, run, *flags)
+    run(*flags, '--teacher-cache-rebuild')
+    assert sorted(path.name for path in folder.glob('epoch-*')) == [f'epoch-000{epoch}.logits' for epoch in range(3)]

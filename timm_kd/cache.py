@@ -22,7 +22,7 @@ from .setup import augmentation_settings, image_mode
 from .teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from .teacher_cache.cached_teacher import epoch_rows
 from .teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision
-from .teacher_cache.key import Key, fingerprint_dataset, fingerprint_teacher, hash_file, read_key
+from .teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_file, read_key
 
 _logger = logging.getLogger(__name__)
 
@@ -221,7 +221,10 @@ def _stored_teacher(folder: str) -> Key:
 
 def _requested_precision(folder: str, requested: str) -> str:
     """Return `--teacher-dtype` as the key has it: `auto` and the precision that it was at the fill are the same."""
-    same = _stored_teacher(folder).get('dtype') == 'auto' and read_precision(Path(folder)) == requested
+    try:
+        same = _stored_teacher(folder).get('dtype') == 'auto' and read_precision(Path(folder)) == requested
+    except OtherKey:
+        same = False  # a damaged file, which opening the folder will refuse or clear
     return 'auto' if same else requested
 
 
