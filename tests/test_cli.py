@@ -1,5 +1,6 @@
 """The command line: timm's flags as timm has them, and what is refused before anything is built."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -106,12 +107,37 @@ def test_version_names_the_project_and_timm(capsys):
     assert f'timm-kd {__version__} (timm 1.' in capsys.readouterr().out
 
 
-def test_help_shows_the_distillation_group_and_a_default(capsys):
-    with pytest.raises(SystemExit):
+@pytest.fixture
+def help_text(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    with pytest.raises(SystemExit) as stop:
         parse_args(['--help'])
-    text = capsys.readouterr().out
-    assert '\nKnowledge distillation parameters:\n' in text
-    assert '(default: 128)' in text
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_everyday_flags_and_distillation_before_the_rest(help_text):
+    sections = re.findall(r'^(\S.*):$', help_text, re.MULTILINE)
+    assert sections[:4] == [
+        'Everyday flags', 'options', 'Knowledge distillation parameters', 'Additions to timm\'s script']
+    everyday = help_text.partition('\noptions:\n')[0]
+    assert all(f'--{name} ' in everyday for name in ('model', 'config', 'epochs', 'batch-size', 'lr', 'output'))
+    assert '(default: 128)' in everyday
+
+
+def test_help_fits_a_terminal_of_80_columns_and_its_usage_one_line(help_text):
+    assert max(map(len, help_text.splitlines())) <= 80
+    assert help_text.splitlines()[1] == ''
+
+
+def test_help_shows_each_flag_once(help_text):
+    shown = re.findall(r'^  (?:-\w+(?: \S+)?, )?(--[\w-]+)', help_text, re.MULTILINE)
+    flags = [action.option_strings for action in ACTIONS.values() if action.option_strings]
+    assert sorted(shown) == sorted(next(name for name in names if name.startswith('--')) for names in flags)
+
+
+def test_help_names_the_recipes(help_text):
+    assert 'resnet18_r34_nkd' in help_text.rpartition('\n\n')[2]
 
 
 def test_data_sets_by_name_need_no_folder():
@@ -191,7 +217,9 @@ REFUSED = [
     (['--class-map', 'gone.txt'], ['--class-map gone.txt']),
     (['--class-map', '/'], ['--class-map /', 'folder']),
     (['--pretrained-path', __file__], ['--pretrained-path', __file__, '--pretrained alone']),
-    (['--config', 'gone.yaml'], ['--config gone.yaml']),
+    (['--config', 'gone.yaml'], ['--config gone.yaml', 'no such file']),
+    (['--config', 'resnet18_r34_nk'], ['--config resnet18_r34_nk', 'resnet18_r34_nkd']),
+    (['--config', '/gone/resnet18_r34_nkd'], ['--config /gone/resnet18_r34_nkd']),
     (['--resume', 'auto'], ['--resume auto', '--experiment']),
     # clashes
     (['--data-dir', '/'], ['--data-dir /']),

@@ -202,6 +202,12 @@ def test_architecture_of_the_file_stays_with_another_weights_file(parse):
     assert parse(text, '--teacher', __file__).teacher_model == 'resnet18'
 
 
+def test_weights_file_below_the_home_folder_is_a_file(parse, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'teacher.pth').touch()
+    assert parse('teacher: ~/teacher.pth\nteacher_model: resnet18\n').teacher_model == 'resnet18'
+
+
 def test_conflict_inside_one_file_is_refused(refuse):
     assert '--bce-loss and --loss ce' in refuse('bce_loss: true\nloss: ce\n')
 
@@ -278,6 +284,19 @@ def test_parameters_of_a_replaced_loss_go_with_it(parse, caplog):
 
 def test_wrong_parameter_inside_one_file_is_refused(refuse):
     assert '--kd-gamma 2.0' in refuse('kd_loss: dkd\nteacher: resnet34\nkd_gamma: 2\n')
+
+
+def test_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, text = parse_args([str(tmp_path), '-c', 'resnet18_r34_nkd'])
+    assert (args.model, args.kd_loss) == ('resnet18', 'nkd')
+    assert text == parse_args([str(tmp_path), '-c', str(RECIPES / 'resnet18_r34_nkd.yaml')])[1]
+
+
+def test_file_comes_before_the_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'resnet18_r34_nkd').write_text('epochs: 7\n')
+    assert parse_args([str(tmp_path), '-c', 'resnet18_r34_nkd'])[0].epochs == 7
 
 
 def test_config_key_is_not_followed(parse, caplog):

@@ -9,10 +9,16 @@ import yaml
 from ..errors import UsageError
 from ..version import __version__
 from .checks import check_args, check_device
-from .config import load_config, override
+from .config import RECIPES, load_config, override
 from .kd_flags import KDSettings, kd_flags, resolve_kd
 from .parser import Parser
 from .timm_flags import DATA, TIMM_FLAGS
+
+EVERYDAY = (
+    'data', 'config', 'model', 'pretrained', 'num_classes', 'img_size', 'batch_size', 'epochs', 'opt', 'lr',
+    'weight_decay', 'sched', 'warmup_epochs', 'mixup', 'cutmix', 'smoothing', 'model_ema', 'amp', 'device', 'workers',
+    'output', 'experiment', 'resume',
+)
 
 __all__ = ['KDSettings', 'build_parser', 'parse_args', 'resolve_kd']
 
@@ -60,12 +66,16 @@ def build_parser() -> Parser:
     """Return the parser: the flags of this project, then timm's in timm's groups."""
     parser = Parser(
         prog='train-kd',
+        usage='%(prog)s DIR [-c RECIPE] [--model NAME] [--teacher SPEC] [FLAG ...]',
         description='timm\'s training script with a teacher in it.',
+        epilog=f'Recipes for --config: {", ".join(sorted(RECIPES))}.',
+        everyday=EVERYDAY,
     )
     parser.add_flag(DATA)
     parser.add_argument(
-        '-c', '--config', type=str, metavar='FILE', default='',
-        help='YAML file with values of flags by their dest (batch_size: 64); the command line overrides them',
+        '-c', '--config', type=str, metavar='RECIPE', default='',
+        help='YAML file with values of flags (batch_size: 64), or the name of a recipe (see the end of this help); the '
+             'command line overrides them',
     )
     version = f'timm-kd {__version__} (timm {timm.__version__}, torch {torch.__version__})'
     parser.add_argument('--version', action='version', version=version)

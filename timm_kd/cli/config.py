@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -45,11 +46,15 @@ _SAME_THING = (
 _OF_DISTILLATION = ('kd_', 'task_loss_weight', 'distill_loss_weight')
 
 
+# The recipes that ship with the package, by name.
+RECIPES = {path.stem: path for path in Path(__file__).parents[1].joinpath('hparams').glob('*.yaml')}
+
+
 def load_config(path: str, parser: Parser) -> dict[str, Any]:
     """Read a YAML file of flag values.
 
     Args:
-        path: File with a mapping of dests (`batch_size`) to values.
+        path: File with a mapping of dests (`batch_size`) to values; where there is none, the name of a recipe.
         parser: The parser that reads the values.
 
     Returns:
@@ -58,6 +63,10 @@ def load_config(path: str, parser: Parser) -> dict[str, Any]:
     Raises:
         UsageError: The file cannot be read, or a value does not suit its flag.
     """
+    if not os.path.exists(path) and os.path.basename(path) == path:
+        if path not in RECIPES:
+            raise UsageError(f'--config {path}: no such file, and no recipe of this name{nearest(path, RECIPES)}.')
+        path = str(RECIPES[path])
     try:
         with open(path, encoding='utf-8') as file:
             config = yaml.safe_load(file)
@@ -195,5 +204,5 @@ def _left_over(merged: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[
         if not specs:
             of_a_teacher = ('teacher_', 'no_teacher_eval', *(() if merged.get('kd_loss') else _OF_DISTILLATION))
             yield from ((dest, 'there is no teacher') for dest in list(merged) if dest.startswith(of_a_teacher))
-        elif not any(map(os.path.isfile, specs)):
+        elif not any(os.path.isfile(os.path.expanduser(spec)) for spec in specs):
             yield from ((dest, f'--teacher {specs[0]} is no file') for dest in ('teacher_model', 'teacher_ema'))

@@ -5,7 +5,6 @@ from typing import Any
 
 from ..errors import UsageError
 from ..losses import KD_LOSSES, create_kd_loss
-from ..teacher_cache.folder import MEMBERS_FILE
 from .kd_flags import KDSettings, knob_dests, resolve_kd
 from .messages import as_given, task_loss_flags
 
@@ -87,9 +86,8 @@ def _check_setting(args: argparse.Namespace, settings: KDSettings) -> None:
 
 def _check_teacher(args: argparse.Namespace, settings: KDSettings) -> None:
     specs = settings.teacher if isinstance(settings.teacher, list) else [settings.teacher]
-    # Stored logits stand in for a file that is no longer there.
-    known = args.teacher_cache and os.path.exists(os.path.join(args.teacher_cache, MEMBERS_FILE))
-    if not known and not any(os.path.isfile(spec) for spec in specs):
+    # Stored logits may stand in for a file that is no longer there.
+    if not args.teacher_cache and not any(os.path.isfile(os.path.expanduser(spec)) for spec in specs):
         for dest in ('teacher_model', 'teacher_ema'):
             if getattr(args, dest):
                 raise UsageError(f'{_teacher_flag(args)} is no file, and {as_given(dest, getattr(args, dest))} '

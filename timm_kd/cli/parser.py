@@ -128,8 +128,15 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line: the usage of two hundred flags would bury them."""
 
-    def __init__(self, **options: Any):
+    def __init__(self, everyday: Sequence[str], **options: Any):
+        """Create a parser.
+
+        Args:
+            everyday: The dests of the flags that the help shows first.
+            **options: Further arguments of argparse's parser.
+        """
         super().__init__(formatter_class=HelpFormatter, exit_on_error=False, **options)
+        self.everyday = everyday
 
     @property
     def flags(self) -> dict[str, argparse.Action]:
@@ -153,6 +160,20 @@ class Parser(argparse.ArgumentParser):
             hint = nearest(unknown[0].partition('=')[0], self._option_string_actions)
             raise argparse.ArgumentError(None, f'unrecognized arguments: {" ".join(unknown)}{hint}')
         return {dest: value for dest, value in vars(namespace).items() if value is not None}
+
+    def format_help(self) -> str:
+        """Return the help: the everyday flags first, then the groups without these."""
+        everyday = [self.flags[dest] for dest in self.everyday]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        groups = {group.title: group._group_actions for group in self._action_groups}
+        for title, flags in {'Everyday flags': everyday, **groups}.items():
+            formatter.start_section(title)
+            formatter.add_arguments([flag for flag in flags if flags is everyday or flag not in everyday])
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         """Write one line to stderr and exit with code 2."""

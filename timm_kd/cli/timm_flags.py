@@ -91,7 +91,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         ),
     ],
     'Device parameters': [
-        flag('--device', type=str, default='cuda', help='device to train on (the CPU, with a warning, if it has none)'),
+        flag('--device', type=str, default='cuda', help='device to train on; unset, the CPU where there is no GPU'),
         switch('--amp', help='train in mixed precision (torch.autocast)'),
         flag(
             '--amp-dtype', type=one_of('float16', 'bfloat16'), metavar='DTYPE', default='float16',
