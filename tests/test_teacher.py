@@ -125,7 +125,7 @@ def test_either_kind_of_bfloat16_unit_is_enough(fast, monkeypatch):
 
 
 def test_unknown_precision_is_refused():
-    with pytest.raises(UsageError, match=r"--teacher-dtype 'int8'"):
+    with pytest.raises(UsageError, match=r"`dtype` 'int8'"):
         Teacher(build(), 7, dtype='int8')
 
 
@@ -172,21 +172,21 @@ def test_dictionary_with_logits_is_understood():
 
 @pytest.mark.parametrize('wrap', [lambda z: {'features': z}, lambda z: z[:, :, None], lambda z: (z, z[:, :1])])
 def test_answer_without_logits_is_refused_by_name(wrap):
-    with pytest.raises(UsageError, match='--teacher Answers .* returns no logits'):
+    with pytest.raises(UsageError, match="teacher 'Answers' .* returns no logits"):
         Teacher(Answers(wrap), 7)(batch(8))
 
 
 def test_nan_logits_on_the_first_batch_are_refused_by_name():
     model = build()
     nn.init.constant_(model.fc.bias, float('nan'))
-    with pytest.raises(UsageError, match='--teacher ResNet returns NaN or infinite logits on the first batch'):
+    with pytest.raises(UsageError, match="teacher 'ResNet' returns NaN or infinite logits on the first batch"):
         Teacher(model, 7)(batch())
 
 
 def test_overflow_in_a_narrow_precision_names_the_way_out():
     model = Answers(lambda z: z)
     nn.init.constant_(model.head.weight, 3e4)
-    with pytest.raises(UsageError, match='--teacher-dtype float32'):
+    with pytest.raises(UsageError, match='`dtype` float32'):
         Teacher(model, 7, dtype='float16')(torch.ones(2, 3, 8, 8))
 
 

@@ -108,7 +108,7 @@ def test_asked_for_size_is_given():
 
 
 def test_size_that_a_built_model_cannot_take_is_refused():
-    with pytest.raises(UsageError, match='--teacher-img-size 64.*160x160'):
+    with pytest.raises(UsageError, match='`img_size` 64.*160x160'):
         Teacher(build('test_vit', dynamic_img_size=False), 5, img_size=64)
 
 
@@ -150,7 +150,7 @@ def test_module_that_is_not_timms_has_grey_images_repeated_too():
 
 
 def test_size_that_the_patches_do_not_divide_names_the_way_out():
-    with pytest.raises(UsageError, match='refuses images of 40x40 .*--teacher-img-size'):
+    with pytest.raises(UsageError, match='refuses images of 40x40 .*`img_size`'):
         Teacher(build('test_vit'), 5)(picture(size=40))
 
 
@@ -162,5 +162,5 @@ def test_channels_that_a_built_model_cannot_take_are_refused():
 def test_standard_deviation_of_0_is_the_teachers_fault_and_said_so():
     model = build('test_resnet')
     model.pretrained_cfg['std'] = (0.5, 0.0, 0.5)
-    with pytest.raises(UsageError, match=r'--teacher ResNet gives \(0\.5, 0\.0, 0\.5\) as the standard deviation'):
+    with pytest.raises(UsageError, match=r"teacher 'ResNet' gives \(0\.5, 0\.0, 0\.5\) as the standard deviation"):
         Teacher(model, 5, **HALF)

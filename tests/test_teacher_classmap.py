@@ -68,7 +68,7 @@ def test_22k_of_microsoft_begins_with_imagenet_1k():
 
 
 def test_lacking_classes_are_listed_and_refused():
-    with pytest.raises(UsageError, match=r'lacks 1 of the student.*n04399382.*--teacher-class-map-missing mask'):
+    with pytest.raises(UsageError, match=r'lacks 1 of the student.*n04399382.*`class_map_missing` mask'):
         load_class_map('imagenet21k', 1000, 21843)
 
 
@@ -91,7 +91,7 @@ def test_masked_class_has_no_probability_and_its_rows_no_distillation_term(tmp_p
     ('', 'has 0 entries'),
 ])
 def test_wrong_text_map_is_refused(tmp_path, content, said):
-    with pytest.raises(UsageError, match=f'--teacher-class-map .*map.txt.*{said}'):
+    with pytest.raises(UsageError, match=f'`class_map` .*map.txt.*{said}'):
         load_class_map(write(tmp_path / 'map.txt', content), 3, 6)
 
 
@@ -101,7 +101,7 @@ def test_wrong_text_map_is_refused(tmp_path, content, said):
     ({'0': 1, '2': 2}, r'lacks 1 .*\(1\)'),
 ])
 def test_wrong_json_map_is_refused(tmp_path, content, said):
-    with pytest.raises(UsageError, match=f'--teacher-class-map .*map.json.*{said}'):
+    with pytest.raises(UsageError, match=f'`class_map` .*map.json.*{said}'):
         load_class_map(write(tmp_path / 'map.json', content), 3, 6)
 
 

@@ -99,7 +99,7 @@ def test_private_teacher_loads_with_the_clients_login(hub, tmp_path):
 
 @pytest.mark.parametrize('spec', REFUSED)
 def test_what_cannot_be_had_is_explained(answers, spec):
-    assert answers[spec].startswith(f'refused --teacher {spec}: ') and REFUSED[spec] in answers[spec]
+    assert answers[spec].startswith(f"refused teacher '{spec}': ") and REFUSED[spec] in answers[spec]
 
 
 def test_gated_repository_asks_for_its_terms_and_a_login():

@@ -12,9 +12,10 @@ import safetensors.torch
 import timm
 import torch
 
+from timm_kd.cli.messages import in_flags
 from timm_kd.errors import UsageError
 from timm_kd.teacher import Teacher, create_teacher
-from timm_kd.teacher.locate import locate, warn_of_bce
+from timm_kd.teacher.spec import locate, warn_of_bce
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -56,12 +57,12 @@ def test_class_count_of_a_folder_is_checked_before_its_weights_are_read(folder):
 def test_folder_with_damaged_weights_is_refused(folder):
     weights = folder / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UsageError, match=f'--teacher local-dir:{folder}: .*damaged'):
+    with pytest.raises(UsageError, match=f"teacher 'local-dir:{folder}': .*damaged"):
         Teacher(f'local-dir:{folder}', 5)
 
 
 def test_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r'no config.json.*--teacher-model'):
+    with pytest.raises(UsageError, match=r'no config.json.*`model`'):
         Teacher(str(tmp_path), 5)
 
 
@@ -76,7 +77,7 @@ def test_model_kwargs_reach_the_architecture(folder):
 
 @pytest.mark.parametrize('kwargs', [{'no_such': 1}, {'num_classes': 7}])
 def test_model_kwargs_that_do_not_suit_are_refused(folder, kwargs):
-    with pytest.raises(UsageError, match='--teacher-kwargs'):
+    with pytest.raises(UsageError, match='`model_kwargs`'):
         Teacher(str(folder), 5, model_kwargs=kwargs)
 
 
@@ -120,7 +121,7 @@ def test_ema_weights_are_taken_when_asked_for_alone(tmp_path, use_ema):
 
 def test_checkpoint_without_ema_weights_refuses_to_give_them(tmp_path):
     torch.save(checkpoint(build()), tmp_path / 'last.pth.tar')
-    with pytest.raises(UsageError, match=r'--teacher-ema.*last\.pth\.tar holds no EMA weights'):
+    with pytest.raises(UsageError, match=r"`use_ema`.*last\.pth\.tar' holds no EMA weights"):
         Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_resnet', use_ema=True)
 
 
@@ -150,25 +151,25 @@ def test_teacher_keeps_no_second_copy_of_its_weights(tmp_path):
 
 def test_file_without_an_architecture_is_refused_with_the_one_it_names(tmp_path):
     torch.save(checkpoint(build()), tmp_path / 'last.pth.tar')
-    with pytest.raises(UsageError, match='needs --teacher-model, .*test_resnet'):
+    with pytest.raises(UsageError, match='needs `model`, .*test_resnet'):
         Teacher(str(tmp_path / 'last.pth.tar'), 5)
 
 
 def test_unknown_architecture_of_a_file_proposes_the_nearest(tmp_path):
     torch.save(build().state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=r'--teacher-model test_resnt .*test_resnet'):
+    with pytest.raises(UsageError, match=r'`model` test_resnt .*test_resnet'):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnt')
 
 
 def test_file_of_another_architecture_is_refused(tmp_path):
     torch.save(build().state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=r'weights.pth does not fit --teacher-model test_efficientnet: .*Missing'):
+    with pytest.raises(UsageError, match=r"weights.pth' does not fit `model` test_efficientnet: .*Missing"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_efficientnet')
 
 
 def test_file_of_another_architecture_is_not_explained_by_its_head(tmp_path):
     torch.save(checkpoint(build('test_convnext'), 'test_convnext'), tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match='does not fit --teacher-model .*the file says test_convnext') as refused:
+    with pytest.raises(UsageError, match='does not fit `model` .*the file says test_convnext') as refused:
         Teacher(str(tmp_path / 'weights.pth'), 10, model='test_convnext2')
     assert 'classes' not in str(refused.value)
 
@@ -189,7 +190,7 @@ def test_file_of_another_class_count_is_refused_with_both_numbers(tmp_path):
 
 @pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors', './a/b/last.pth.tar'])
 def test_missing_file_is_refused(name):
-    with pytest.raises(UsageError, match=f'--teacher {name}: no such file'):
+    with pytest.raises(UsageError, match=f"teacher '{name}': no such file"):
         Teacher(name, 5, model='test_resnet')
 
 
@@ -199,21 +200,21 @@ def test_truncated_file_is_refused(tmp_path, name, keep):
     path = tmp_path / name
     (safetensors.torch.save_file if name.endswith('s') else torch.save)(build().state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UsageError, match=f'--teacher {path} '):
+    with pytest.raises(UsageError, match=f"teacher '{path}' "):
         Teacher(str(path), 5, model='test_resnet')
 
 
 @pytest.mark.parametrize('content', [b'weights? no.', b'\x80\x02}q\x00.', b'PK\x03\x04 but no archive'])
 def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / 'weights.pth').write_bytes(content)
-    with pytest.raises(UsageError, match=r'--teacher .*weights\.pth'):
+    with pytest.raises(UsageError, match=r"teacher .*weights\.pth"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
 
 
 @pytest.mark.parametrize('content', [{}, {'state_dict': {}}, {'epoch': 3}, [1, 2], torch.zeros(2)])
 def test_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=r'weights\.pth holds'):
+    with pytest.raises(UsageError, match=r"weights\.pth' holds"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
 
 
@@ -241,7 +242,7 @@ class RunsCode:
 def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy):
     state = {**build().state_dict(), 'extra': RunsCode(tmp_path / 'ran')}
     torch.save(state, tmp_path / 'weights.pth', _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UsageError, match=r'weights\.pth .*posix\.system.*could run code; it was refused'):
+    with pytest.raises(UsageError, match=r"weights\.pth' .*posix\.system.*could run code; it was refused"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
     assert not (tmp_path / 'ran').exists()
 
@@ -249,14 +250,14 @@ def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy
 def test_folder_with_a_pickle_that_would_run_code_runs_nothing(folder):
     (folder / 'model.safetensors').unlink()
     torch.save({'extra': RunsCode(folder / 'ran')}, folder / 'pytorch_model.bin')
-    with pytest.raises(UsageError, match='--teacher'):
+    with pytest.raises(UsageError, match="teacher '"):
         Teacher(str(folder), 5)
     assert not (folder / 'ran').exists()
 
 
 @pytest.mark.parametrize('flags', [{'model': 'test_resnet'}, {'use_ema': True}])
 def test_flags_of_a_weights_file_are_refused_elsewhere(folder, flags):
-    with pytest.raises(UsageError, match='--teacher-(model|ema)'):
+    with pytest.raises(UsageError, match='`(model|use_ema)`'):
         Teacher(str(folder), 5, **flags)
 
 
@@ -286,14 +287,14 @@ def test_existing_path_goes_before_timm_and_hub_names(folder, monkeypatch):
 
 @pytest.mark.parametrize(('spec', 'nearest'), [('resnet3', 'resnet34'), ('resnet34.tv_in1', 'resnet34.tv_in1k')])
 def test_unknown_name_proposes_timms_nearest(spec, nearest):
-    with pytest.raises(UsageError, match=f'--teacher {spec}.*{nearest}'):
+    with pytest.raises(UsageError, match=f"teacher '{spec}'.*{nearest}"):
         Teacher(spec, 1000)
 
 
 @pytest.mark.parametrize('spec', ['output/last', './output/last', '~/output/last'])
 def test_mistyped_path_says_that_nothing_is_there_before_it_speaks_of_the_hub(spec, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(UsageError, match=f'--teacher {spec}: (there is )?no such (file or )?folder'):
+    with pytest.raises(UsageError, match=f"teacher '{spec}': (there is )?no such (file or )?folder"):
         Teacher(spec, 1000)
 
 
@@ -308,7 +309,7 @@ def test_architecture_without_pretrained_weights_is_refused():
 
 
 def test_class_count_of_a_timm_name_is_checked_before_a_download():
-    with pytest.raises(UsageError, match=r'--teacher resnet34\.tv_in1k has 1000 classes, the student 10:'):
+    with pytest.raises(UsageError, match=r"teacher 'resnet34\.tv_in1k' has 1000 classes, the student 10:"):
         Teacher('resnet34.tv_in1k', 10)
 
 
@@ -385,3 +386,16 @@ def test_folder_with_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tm
 def test_teacher_is_in_eval_mode_from_the_start():
     teacher = Teacher(timm.create_model('test_resnet', num_classes=7).train(), 7)
     assert not any(module.training for module in teacher.modules())
+
+
+# the script
+
+@pytest.mark.parametrize(('said', 'in_the_script'), [
+    ("teacher 'resnet3' is no file", '--teacher resnet3 is no file'),
+    ("teacher 'a b/it's.pth': no such file.", "--teacher a b/it's.pth: no such file."),
+    ("`img_size` 64: teacher 'vit' takes 160x160 only.", '--teacher-img-size 64: --teacher vit takes 160x160 only.'),
+    ("`model_kwargs` {'a': 1} do not suit the teacher", "--teacher-kwargs {'a': 1} do not suit the teacher"),
+    ('`hf auth login` (or HF_TOKEN) logs you in', '`hf auth login` (or HF_TOKEN) logs you in'),
+])
+def test_script_speaks_flags_where_the_library_speaks_arguments(said, in_the_script):
+    assert in_flags(said) == in_the_script

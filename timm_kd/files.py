@@ -57,12 +57,12 @@ def open_regular(path: str | Path, flags: int) -> int:
     raise UsageError(f'{path} is a folder, a pipe or a device where a file belongs: remove it.')
 
 
-def load_file(path: str | Path, flag: str, mmap: bool = False) -> Any:
+def load_file(path: str | Path, name: str, mmap: bool = False) -> Any:
     """Read `.safetensors`, or a PyTorch file with `weights_only`, to the CPU.
 
     Args:
         path: The file.
-        flag: The flag that names it, for the message.
+        name: What the message calls it: its flag and path.
         mmap: Leave the tensors of a PyTorch file on disk until they are used.
 
     Raises:
@@ -76,18 +76,18 @@ def load_file(path: str | Path, flag: str, mmap: bool = False) -> Any:
             # a file of torch before 1.6 is no zip archive, and cannot be mapped
             return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except FileNotFoundError as error:
-        raise UsageError(f'{flag} {path}: no such file') from error
+        raise UsageError(f'{name}: no such file') from error
     except (pickle.UnpicklingError, LookupError) as error:  # a text file ends in a KeyError
         wanted = re.search(r'GLOBAL (\S+)', str(error))
         if wanted:
             raise UsageError(
-                f'{flag} {path} is a pickle that asks for {wanted[1]}, so loading it could run code; it was '
+                f'{name} is a pickle that asks for {wanted[1]}, so loading it could run code; it was '
                 'refused. Save the state_dict() of the model alone, best as .safetensors'
             ) from error
-        raise UsageError(f'{flag} {path} is not a checkpoint: it is no PyTorch file') from error
+        raise UsageError(f'{name} is not a checkpoint: it is no PyTorch file') from error
     except (SafetensorError, EOFError, OSError, RuntimeError, ValueError) as error:
         if 'weights_only' in str(error):  # a TorchScript archive, or a file of torch before 0.1.10
-            raise UsageError(f'{flag} {path}: {UNSAFE}.') from error
+            raise UsageError(f'{name}: {UNSAFE}.') from error
         raise UsageError(
-            f'{flag} {path} cannot be read, it is truncated or not a checkpoint ({shortened(error)})'
+            f'{name} cannot be read, it is truncated or not a checkpoint ({shortened(error)})'
         ) from error

@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -291,7 +291,11 @@ _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 @contextmanager
-def ending(program: str, interrupted: str = 'interrupted.') -> Iterator[None]:
+def ending(
+        program: str,
+        interrupted: str = 'interrupted.',
+        speak: Callable[[str], str] = str,
+) -> Iterator[None]:
     """End a command as all of this project's end: an error of its user is one line on stderr and an `ExitCode`.
 
     The process group is left as it is after an error: taking it down can hang while another process is in the middle
@@ -300,6 +304,7 @@ def ending(program: str, interrupted: str = 'interrupted.') -> Iterator[None]:
     Args:
         program: The name of the command.
         interrupted: What it says after Ctrl-C.
+        speak: Puts the message of the error into the command's own words, its flags.
 
     Raises:
         SystemExit: With the exit code of the error; in a group of processes, that of the one that failed first.
@@ -313,7 +318,7 @@ def ending(program: str, interrupted: str = 'interrupted.') -> Iterator[None]:
         if first and message is None:
             raise
         if first:
-            print(f'{program}: error: {message}', file=sys.stderr)
+            print(f'{program}: error: {speak(message)}', file=sys.stderr)
         raise SystemExit(code if watch is None else watch.code) from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ from .errors import UsageError, explain, shortened
 from .files import load_file
 from .process import Process
 from .student_checks import check_forward, check_pretrained
-from .teacher.locate import nearest_model
+from .teacher.spec import nearest_model
 
 _logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
 def _check_readable(path: str, flag: str) -> None:
     if Path(path).suffix in ('.npz', '.npy'):  # timm reads those by itself, without pickles
         return
-    content = load_file(path, flag)
+    content = load_file(path, f'{flag} {path}')
     if not isinstance(content, dict):
         raise UsageError(f'{flag} {path} holds a {type(content).__name__}, not a checkpoint or a state dict')
 

@@ -26,6 +26,7 @@ from .build import (
 )
 from .cache import open_cached_teacher
 from .cli import parse_args, resolve_kd
+from .cli.messages import in_flags
 from .data import class_names, create_eval_loader
 from .engine import evaluate_teacher
 from .errors import UsageError
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
-    with ending('train-kd'):
+    with ending('train-kd', speak=in_flags):
         args, args_text = parse_args(argv)
         run(args, args_text, argv)
 

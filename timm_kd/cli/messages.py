@@ -1,5 +1,6 @@
 """How errors speak of flags."""
 import argparse
+import re
 from typing import Any
 
 
@@ -21,3 +22,23 @@ def task_loss_flags(args: argparse.Namespace) -> dict[str, str]:
     if args.loss:
         flags[f'--loss {args.loss}'] = args.loss
     return flags
+
+
+# The arguments of `Teacher` that its errors name in backticks, and the flags that set them.
+_TEACHER_FLAGS = {
+    'mean': '--mean',
+    'std': '--std',
+    'model': '--teacher-model',
+    'model_kwargs': '--teacher-kwargs',
+    'use_ema': '--teacher-ema',
+    'img_size': '--teacher-img-size',
+    'dtype': '--teacher-dtype',
+    'class_map': '--teacher-class-map',
+    'class_map_missing': '--teacher-class-map-missing',
+}
+
+
+def in_flags(message: str) -> str:
+    """Return an error of the library with the script's flags in place of the arguments it names."""
+    message = re.sub(r"\bteacher '(.*?)'(?=[\s:,.]|$)", r'--teacher \1', message)
+    return re.sub(r'`(\w+)`', lambda found: _TEACHER_FLAGS.get(found[1], found[0]), message)

@@ -98,7 +98,7 @@ def read_checkpoint(path: str | Path, flag: str = '--resume') -> dict[str, Any]:
     Raises:
         UsageError: If there is no such file, or it is truncated, no checkpoint, or would run code.
     """
-    checkpoint = load_file(path, flag, mmap=True)
+    checkpoint = load_file(path, f'{flag} {path}', mmap=True)
     if not isinstance(checkpoint, dict):
         raise UsageError(f'{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint.')
     return checkpoint

@@ -1,6 +1,5 @@
 """The teacher: from anywhere, frozen, adapted to the student's images and classes, made fast."""
 
-from .ensemble import TeacherEnsemble, create_teacher
-from .module import Teacher
+from .teacher import Teacher, TeacherEnsemble, create_teacher
 
 __all__ = ['Teacher', 'TeacherEnsemble', 'create_teacher']

@@ -1,4 +1,4 @@
-"""From the student's images to the teacher's: size, channels, normalisation, precision, memory layout."""
+"""The student's images as the teacher takes them: size, channels, normalisation, precision, memory layout."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,12 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def can_adapt_channels(image_chans: int, teacher_chans: int) -> bool:
-    """Whether images of one channel count can be shown to a teacher of another: equal, or grey and RGB."""
+    """Return whether images of one channel count can be shown to a teacher of another."""
     return image_chans == teacher_chans or {image_chans, teacher_chans} == {1, 3}
 
 
 class InputAdapter(nn.Module):
-    """Shows the student's images to the teacher as its own data pipeline would have.
+    """Show the student's images to the teacher as its own data pipeline would have.
 
     The two normalisations and a change between grey and RGB are one affine map of the channels, made once in float64
     and kept in float32. A grey image is repeated to three channels, each with the teacher's own mean and deviation;
@@ -61,7 +61,7 @@ class InputAdapter(nn.Module):
         self.teacher_chans = teacher_chans
         self.teacher_mean = tuple(adapt_to_chs(tuple(teacher_mean), teacher_chans))
         self.teacher_std = tuple(adapt_to_chs(tuple(teacher_std), teacher_chans))
-        # as timm's loader does it, also where the data config has three values and the images another channel count
+        # As timm's loader does, where the data config has three values and the images another channel count.
         self.mean = tuple(adapt_to_chs(tuple(mean), in_chans)) if mean is not None else None
         self.std = tuple(adapt_to_chs(tuple(std), in_chans)) if std is not None else None
         scale, shift = self._fold()
@@ -69,14 +69,14 @@ class InputAdapter(nn.Module):
         self.register_buffer('shift', None if shift is None else shift.to(device), persistent=False)
 
     def _fold(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scale `[1, C, 1, 1]` and shift `[1, C, 1, 1]` of the affine map, or (None, None) where there is none."""
+        """Return scale and shift of the affine map, both `[1, C, 1, 1]`; (None, None) where nothing differs."""
         normalised_alike = self.mean is None or self.std is None or (
             (self.mean, self.std) == (self.teacher_mean, self.teacher_std)
         )
         if normalised_alike and self.in_chans == self.teacher_chans:
             return None, None
         teacher_mean, teacher_std = _per_channel(self.teacher_mean), _per_channel(self.teacher_std)
-        # without the images' own normalisation, a change of channels takes them as normalised by the teacher's average
+        # Images of unknown normalisation that change channels count as normalised by the teacher's average.
         mean = _per_channel(self.mean) if self.mean is not None else teacher_mean.mean(1, keepdim=True)
         std = _per_channel(self.std) if self.std is not None else teacher_std.mean(1, keepdim=True)
         if self.teacher_chans == 1 and self.in_chans == 3:
@@ -87,11 +87,11 @@ class InputAdapter(nn.Module):
         return (scale / teacher_std).float(), ((offset - teacher_mean) / teacher_std).float()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `[B, C, H, W]` as the student gets them -> a tensor for the teacher; the images are left untouched."""
+        """Return images `[B, C, H, W]` of the student as the teacher takes them; what is given stays untouched."""
         # The layout goes first: changing it together with the precision takes more than twice as long on a CPU.
         adapted = images.to(memory_format=self.memory_format)
         if self.size is not None and adapted.shape[-2:] != self.size:
-            # in float32: the antialiased resize has no half-precision kernel everywhere
+            # In float32: the antialiased resize has no kernel in half precision on every device.
             adapted = F.interpolate(adapted.float(), self.size, mode=self.interpolation, antialias=True)
         if self.scale is not None:
             if self.scale.shape[1] > self.teacher_chans:
@@ -101,7 +101,7 @@ class InputAdapter(nn.Module):
         return adapted.to(self.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides what the teacher sees of an image, as JSON types."""
+        """Return all that decides what the teacher sees of an image, as JSON types."""
         return {
             'size': self.size,
             'interpolation': None if self.size is None else self.interpolation,
@@ -111,7 +111,7 @@ class InputAdapter(nn.Module):
         }
 
     def describe(self) -> str:
-        """What is done to the images, in words."""
+        """Say in words what is done to the images."""
         steps = []
         if self.size is not None:
             steps.append(f'{self.size[0]}x{self.size[1]} (antialiased {self.interpolation} where the images differ)')

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UsageError
 
-# name on the command line -> timm's name of the synset list the teacher's classes follow
+# The name of a map, and timm's name of the list of synsets that the teacher's classes follow.
 NAMED_MAPS = {
     'imagenet12k': 'imagenet-12k',
     'imagenet21k': 'imagenet-21k-goog',
@@ -40,18 +40,18 @@ class ClassMap(nn.Module):
         self.register_buffer('missing', missing if self.num_missing else None, persistent=False)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, teacher classes]` -> `[B, student classes]`."""
+        """Return the logits `[B, student classes]` in logits `[B, teacher classes]`."""
         logits = logits.index_select(1, self.index)
         return logits if self.missing is None else logits.masked_fill(self.missing, float('-inf'))
 
     def fingerprint(self) -> str:
-        """sha256 of the map."""
+        """Return the sha256 of the map."""
         index = self.index if self.missing is None else self.index.masked_fill(self.missing, _MISSING)
         return hashlib.sha256(json.dumps(index.tolist()).encode()).hexdigest()
 
 
 def load_class_map(spec: str | Path, num_classes: int, teacher_classes: int, missing: str = 'error') -> list[int]:
-    """Reads and checks a class map.
+    """Read and check a class map.
 
     Args:
         spec: One of `NAMED_MAPS` (ImageNet-1k out of a larger ImageNet, by timm's synset lists), or a file: text with
@@ -68,68 +68,68 @@ def load_class_map(spec: str | Path, num_classes: int, teacher_classes: int, mis
         UsageError: If the map cannot be read, or has the wrong length, an index out of range, two classes on one
             index, or classes the teacher lacks.
     """
-    flag = f'--teacher-class-map {spec}'
+    name = f'`class_map` {spec}'
     if missing not in ('error', 'mask'):
-        raise UsageError(f"--teacher-class-map-missing {missing!r} is neither 'error' nor 'mask'")
+        raise UsageError(f"`class_map_missing` {missing!r} is neither 'error' nor 'mask'.")
     if str(spec) in NAMED_MAPS:
-        names, indices = _imagenet_map(str(spec), num_classes, teacher_classes)
+        synsets, indices = _imagenet_map(str(spec), num_classes, teacher_classes)
     else:
-        names, indices = None, _read_map(Path(spec).expanduser(), flag, num_classes)
+        synsets, indices = None, _read_map(Path(spec).expanduser(), name, num_classes)
     if len(indices) != num_classes:
-        raise UsageError(f'{flag} has {len(indices)} entries, the student {num_classes} classes: one index for each')
+        raise UsageError(f'{name} has {len(indices)} entries, the student {num_classes} classes: one index for each.')
     known = [i for i in indices if i != _MISSING]
     wrong = sorted({i for i in known if not 0 <= i < teacher_classes})
     if wrong:
         raise UsageError(
-            f'{flag} has {_listed(wrong)} out of range: the teacher has {teacher_classes} classes, '
-            f'0 to {teacher_classes - 1}'
+            f'{name} has {_listed(wrong)} out of range: the teacher has {teacher_classes} classes, '
+            f'0 to {teacher_classes - 1}.'
         )
     repeated = sorted({i for i in known if known.count(i) > 1}) if len(set(known)) < len(known) else []
     if repeated:
         raise UsageError(
-            f'{flag} gives the teacher\'s class {_listed(repeated)} to several classes of the student: '
-            'each needs one of its own'
+            f'{name} gives the teacher\'s class {_listed(repeated)} to several classes of the student: '
+            'each needs one of its own.'
         )
-    lacking = [names[c] if names else c for c, i in enumerate(indices) if i == _MISSING]
+    lacking = [synsets[c] if synsets else c for c, i in enumerate(indices) if i == _MISSING]
     if lacking and missing == 'error':
         raise UsageError(
-            f'{flag}: the teacher lacks {len(lacking)} of the student\'s classes ({_listed(lacking)}); '
-            '--teacher-class-map-missing mask trains them without a distillation term'
+            f'{name}: the teacher lacks {len(lacking)} of the student\'s classes ({_listed(lacking)}); '
+            '`class_map_missing` mask trains them without a distillation term.'
         )
     if len(lacking) == num_classes:
-        raise UsageError(f'{flag}: the teacher has none of the student\'s {num_classes} classes')
+        raise UsageError(f'{name}: the teacher has none of the student\'s {num_classes} classes.')
     return indices
 
 
 def _imagenet_map(name: str, num_classes: int, teacher_classes: int) -> tuple[list[str], list[int]]:
-    """Synset names of ImageNet-1k and the index of each in the larger set."""
+    """Return the synset names of ImageNet-1k and the index of each in the larger set."""
     student, teacher = ImageNetInfo('imagenet-1k').label_names(), ImageNetInfo(NAMED_MAPS[name]).label_names()
     if num_classes != len(student):
         raise UsageError(
-            f'--teacher-class-map {name} is for a student of the {len(student)} classes of ImageNet-1k, '
-            f'this one has {num_classes}'
+            f'`class_map` {name} is for a student of the {len(student)} classes of ImageNet-1k, '
+            f'this one has {num_classes}.'
         )
     if teacher_classes != len(teacher):
         raise UsageError(
-            f'--teacher-class-map {name} is for a teacher of {len(teacher)} classes, this one has {teacher_classes}'
+            f'`class_map` {name} is for a teacher of {len(teacher)} classes, this one has {teacher_classes}.'
         )
     position = {synset: i for i, synset in enumerate(teacher)}
     return student, [position.get(synset, _MISSING) for synset in student]
 
 
-def _read_map(path: Path, flag: str, num_classes: int) -> list[int]:
-    """The entries of a map file, as integers."""
+def _read_map(path: Path, name: str, num_classes: int) -> list[int]:
+    """Return the entries of a map file, as integers."""
     try:
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{flag} is neither a readable text file nor one of the names {', '.join(NAMED_MAPS)}"
+            f"{name} is neither a readable text file nor one of the names {', '.join(NAMED_MAPS)}."
         ) from error
     try:
         if path.suffix.lower() == '.json':
             entries = json.loads(text)
             if isinstance(entries, dict):
-                entries = _from_object({int(k): v for k, v in entries.items()}, flag, num_classes)
+                entries = _from_object({int(k): v for k, v in entries.items()}, name, num_classes)
             if not isinstance(entries, list):
                 raise ValueError(f'a {type(entries).__name__} at the top')
             entries = [_MISSING if entry is None else entry for entry in entries]
@@ -141,16 +141,16 @@ def _read_map(path: Path, flag: str, num_classes: int) -> list[int]:
         raise
     except ValueError as error:
         raise UsageError(
-            f'{flag} is not a class map ({error}): a text file with one index a line, a JSON list of indices, '
-            'or a JSON object {student index: teacher index}'
+            f'{name} is not a class map ({error}): a text file with one index a line, a JSON list of indices, '
+            'or a JSON object {student index: teacher index}.'
         ) from error
 
 
-def _from_object(entries: dict[int, int | None], flag: str, num_classes: int) -> list[int | None]:
-    """A JSON object as a list; a class without a key is one the teacher lacks."""
+def _from_object(entries: dict[int, int | None], name: str, num_classes: int) -> list[int | None]:
+    """Return a JSON object as a list; a class without a key is one the teacher lacks."""
     wrong = sorted(k for k in entries if not 0 <= k < num_classes)
     if wrong:
-        raise UsageError(f'{flag} maps the student\'s class {_listed(wrong)}, which has 0 to {num_classes - 1}')
+        raise UsageError(f'{name} maps the student\'s class {_listed(wrong)}, which has 0 to {num_classes - 1}.')
     return [entries.get(c, _MISSING) for c in range(num_classes)]
 
 

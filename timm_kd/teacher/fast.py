@@ -27,7 +27,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         UsageError: If the name is none of `TEACHER_DTYPES`.
     """
     if name not in TEACHER_DTYPES:
-        raise UsageError(f"--teacher-dtype {name!r} is none of {', '.join(TEACHER_DTYPES)}")
+        raise UsageError(f"`dtype` {name!r} is none of {', '.join(TEACHER_DTYPES)}.")
     if name == 'auto':
         return torch.bfloat16 if _has_fast_bfloat16(device) else torch.float32
     return torch.float32 if name == 'amp' else getattr(torch, name)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..cli.messages import in_flags
 from ..errors import ExitCode, UsageError
 from ..fill import fill, verify
 from ..logs import setup_logging
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     options, further = _parser().parse_known_args(argv)
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
     logging.captureWarnings(True)
-    with ending('timm_kd.teacher_cache', 'interrupted; what is stored stays, the same command goes on.'):
+    with ending('timm_kd.teacher_cache', 'interrupted; what is stored stays, the same command goes on.', in_flags):
         if options.command == 'fill':
             fill(further, options.epochs_range)
         elif further and options.command == 'info':

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from ..files import open_regular
-from ..teacher.locate import locate
+from ..teacher.spec import locate
 
 Key = dict[str, Any]
 

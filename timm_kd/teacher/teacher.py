@@ -1,4 +1,4 @@
-"""Teacher: a frozen model that answers the student's images with logits of the student's classes."""
+"""Teacher: a frozen model that answers the student's images with logits of the student's classes; or several."""
 
 import hashlib
 import logging
@@ -12,17 +12,18 @@ import torch
 from timm.models import clean_state_dict, get_model_input_config
 from timm.utils import unwrap_model
 from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UsageError, shortened
 from .adapt import InputAdapter, can_adapt_channels
 from .classmap import ClassMap, load_class_map
 from .fast import fold_batch_norms, is_convolutional, resolve_dtype
-from .flops import count_flops
-from .load import check_num_classes, load_model
+from .spec import check_num_classes, load_model, locate
 
 _logger = logging.getLogger(__name__)
 
-# what timm's own task takes a model without a pretrained config to be normalised with
+# As timm's own task does, a model without a pretrained config is taken to be normalised so.
 _DEFAULT_CFG = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
@@ -54,11 +55,13 @@ class Teacher(nn.Module):
     Attributes:
         source: The spec, as a string.
         model_name: Architecture.
-        num_params: Parameters of the model.
-        num_classes: Columns of the logits; None for a module that does not tell.
+        num_params: Parameters of the model as loaded.
+        num_classes: Columns of the logits; None for a module that does not tell, until its first batch.
+        members: The single teachers behind this one: itself.
+        folded: Whether batch norms are folded.
 
     Raises:
-        UsageError: If the teacher cannot be had or cannot teach this student.
+        UsageError: If the teacher cannot be had or cannot teach this student. The message names arguments in backticks.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Teacher(nn.Module):
             class_map: str | Path | None = None,
             class_map_missing: str = 'error',
             fold_bn: bool = True,
-            compile_backend: str | None = None,
+            compile_backend: str | Callable | None = None,
     ):
         super().__init__()
         if isinstance(spec, nn.Module):
@@ -89,26 +92,34 @@ class Teacher(nn.Module):
                 self.source, num_classes, in_chans, img_size, model, model_kwargs, use_ema,
                 has_class_map=class_map is not None,
             )
+        net.eval().requires_grad_(False)
         inner = unwrap_model(net)
         cfg = {**_DEFAULT_CFG, **(getattr(inner, 'pretrained_cfg', None) or {})}
+        expects = get_model_input_config(inner)
         self.model_name = cfg.get('architecture') or type(inner).__name__
         self.num_params = sum(p.numel() for p in net.parameters())
-        self.class_map_name = None if class_map is None else str(class_map)
         own_classes = getattr(inner, 'num_classes', None)
         device = torch.device(device) if device is not None else next((p.device for p in net.parameters()), None)
-        self.classes = None
+        self.class_map_name, self.classes = None, None
         if class_map is None:
             check_num_classes(self.source, own_classes, num_classes)
+        elif num_classes is None or own_classes is None:
+            raise UsageError(f'`class_map` {class_map} needs the class counts of student and teacher.')
         else:
-            self.classes = ClassMap(self._load_map(class_map, num_classes, own_classes, class_map_missing), device)
+            indices = load_class_map(class_map, num_classes, own_classes, class_map_missing)
+            self.class_map_name, self.classes = str(class_map), ClassMap(indices, device)
         self.num_classes = num_classes or own_classes
 
         self.dtype_name = dtype
         self.dtype = resolve_dtype(dtype, device or torch.device('cpu'))
         self.channels_last = is_convolutional(net)
-        self.inputs = self._adapter(inner, cfg, in_chans, mean, std, img_size, device)
-        net.eval().requires_grad_(False)
-        folded = fold_batch_norms(net, self._trial_shape(inner)) if fold_bn and dtype != 'amp' else None
+        self.inputs = self._adapter(inner, cfg, expects, in_chans, mean, std, img_size, device)
+        self._default_size = self.inputs.size or tuple(expects['input_size'][1:])
+        folded = None
+        if fold_bn and dtype != 'amp':
+            small = tuple(min(128, length) for length in self._default_size)
+            trial_size = self._default_size if expects['fixed_input_size'] else small
+            folded = fold_batch_norms(net, (self.inputs.teacher_chans, *trial_size))
         self.folded = folded is not None
         self._loaded_hash = _hash_weights(net, self.dtype) if self.folded else None
         self.model = (folded if self.folded else net).to(
@@ -123,46 +134,35 @@ class Teacher(nn.Module):
 
     @property
     def members(self) -> list['Teacher']:
-        """The single teachers behind this one: itself."""
+        """Return the single teachers behind this one: itself."""
         return [self]
-
-    def _load_map(
-            self,
-            class_map: str | Path,
-            num_classes: int | None,
-            own_classes: int | None,
-            missing: str,
-    ) -> list[int]:
-        if num_classes is None or own_classes is None:
-            raise UsageError(f'--teacher-class-map {class_map} needs the class counts of student and teacher')
-        return load_class_map(class_map, num_classes, own_classes, missing)
 
     def _adapter(
             self,
             inner: nn.Module,
             cfg: dict[str, Any],
+            expects: dict[str, Any],
             in_chans: int,
             mean: Sequence[float] | None,
             std: Sequence[float] | None,
             img_size: int | tuple[int, int] | None,
             device: torch.device | None,
     ) -> InputAdapter:
-        """What happens to the images, from what the built model expects."""
-        expects = get_model_input_config(inner)
+        """Make what happens to the images, from what the built model expects."""
         stem = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)  # of a module that is not timm's
         chans = expects['input_size'][0] if hasattr(inner, 'pretrained_cfg') else stem.in_channels if stem else in_chans
         if not can_adapt_channels(in_chans, chans):
-            raise UsageError(f'--teacher {self.source} takes {chans} channels, the images have {in_chans}')
+            raise UsageError(f"teacher '{self.source}' takes {chans} channels, the images have {in_chans}.")
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         if expects['fixed_input_size']:
             own = tuple(expects['input_size'][1:])
             if size is not None and tuple(size) != own:
-                raise UsageError(f'--teacher-img-size {size[0]}: --teacher {self.source} takes {own[0]}x{own[1]} only')
+                raise UsageError(f"`img_size` {size[0]}: teacher '{self.source}' takes {own[0]}x{own[1]} only.")
             size = own
         if not all(0 < value < math.inf for value in cfg['std']):
             raise UsageError(
-                f'--teacher {self.source} gives {tuple(cfg["std"])} as the standard deviation of its images, by which '
-                'nothing can be divided: correct `std` in its config.json, `pretrained_cfg` or checkpoint'
+                f"teacher '{self.source}' gives {tuple(cfg['std'])} as the standard deviation of its images, by which "
+                'nothing can be divided: correct it in its config.json, pretrained_cfg or checkpoint.'
             )
         interpolation = cfg.get('interpolation')
         return InputAdapter(
@@ -174,17 +174,11 @@ class Teacher(nn.Module):
             device=device,
         )
 
-    def _trial_shape(self, inner: nn.Module) -> tuple[int, int, int]:
-        """Return the shape `(C, H, W)` of an image that the model takes, no larger than need be."""
-        expects = get_model_input_config(inner)
-        size = self.inputs.size or expects['input_size'][1:]
-        return self.inputs.teacher_chans, *(s if expects['fixed_input_size'] else min(s, 128) for s in size)
-
     def train(self, mode: bool = True) -> 'Teacher':
-        """Stays in eval mode, whatever the mode of what holds it."""
+        """Stay in eval mode, whatever the mode of what holds the teacher."""
         return super().train(False)
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> 'Teacher':
+    def compile(self, backend: str | Callable = 'inductor', mode: str | None = None, **compile_kwargs) -> 'Teacher':
         """Compile the forward, input adaptation included, when the teacher is next asked.
 
         A teacher that was made with a `compile_backend`, or compiled before, stays as it is. Should the compiler fail,
@@ -196,7 +190,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Answers a batch.
+        """Answer a batch.
 
         Args:
             images: `[B, in_chans, H, W]` as the student gets them; never modified.
@@ -215,7 +209,7 @@ class Teacher(nn.Module):
         except AssertionError as error:  # how timm's models refuse a size
             size = 'x'.join(map(str, images.shape[-2:]))
             raise UsageError(
-                f'--teacher {self.source} refuses images of {size} ({error}): --teacher-img-size N resizes them for it'
+                f"teacher '{self.source}' refuses images of {size} ({error}): `img_size` N resizes them for it."
             ) from error
         if not self._checked:
             self._check(logits, images)  # the only host sync, once
@@ -240,25 +234,26 @@ class Teacher(nn.Module):
         output = self.model(self.inputs(images))
         if isinstance(output, dict):
             output = output.get('logits')  # as the models of transformers return them
-        if isinstance(output, tuple | list) and output and all(isinstance(o, torch.Tensor) for o in output):
+        if isinstance(output, tuple | list) and output and all(isinstance(each, torch.Tensor) for each in output):
             # class and distillation token of a distilled ViT: their mean is timm's own answer in eval mode
-            output = torch.stack([o.float() for o in output]).mean(0) if _same_shape(output) else None
+            alike = all(each.shape == output[0].shape for each in output)
+            output = torch.stack([each.float() for each in output]).mean(0) if alike else None
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
-            raise UsageError(f'--teacher {self.source} ({self.model_name}) returns no logits [batch, classes]')
+            raise UsageError(f"teacher '{self.source}' ({self.model_name}) returns no logits [batch, classes].")
         return output.float()
 
     def _check(self, logits: torch.Tensor, images: torch.Tensor) -> None:
-        """Refuses a teacher whose first answers are of the wrong width, or not finite."""
+        """Refuse a teacher whose first answers are of the wrong width, or not finite."""
         if self.classes is None:
             check_num_classes(self.source, logits.shape[1], self.num_classes)
             self.num_classes = logits.shape[1]
         if not torch.isfinite(logits).all():
             if not torch.isfinite(images).all():
-                raise UsageError('the first batch of images holds NaN or infinity: see --mean, --std and the data')
+                raise UsageError('the first batch of images holds NaN or infinity: see `mean`, `std` and the data.')
             narrow = self.dtype != torch.float32 or self.dtype_name == 'amp'
             raise UsageError(
-                f'--teacher {self.source} returns NaN or infinite logits on the first batch: '
-                + ('try --teacher-dtype float32' if narrow else 'its weights are damaged')
+                f"teacher '{self.source}' returns NaN or infinite logits on the first batch: "
+                + ('try `dtype` float32.' if narrow else 'its weights are damaged.')
             )
         self._checked = True
 
@@ -267,7 +262,7 @@ class Teacher(nn.Module):
         return self._loaded_hash or _hash_weights(self.model, self.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides the logits of an image, as JSON types: stored logits of an equal one can be used again."""
+        """Return all that decides the logits of an image, as JSON types: equal ones share stored logits."""
         return {
             'weights': self.weights_hash(),
             'dtype': str(self.dtype).removeprefix('torch.') + (' amp' if self.dtype_name == 'amp' else ''),
@@ -276,13 +271,13 @@ class Teacher(nn.Module):
         }
 
     def describe(self, image_size: tuple[int, int] | None = None) -> str:
-        """One line on what the teacher is and does.
+        """Say in one line what the teacher is and does.
 
         Args:
             image_size: `(height, width)` of the images, to count the FLOPs of a teacher that takes any size.
         """
-        size = self.inputs.size or image_size or get_model_input_config(unwrap_model(self.model))['input_size'][1:]
-        flops = count_flops(self.model, (self.inputs.teacher_chans, *size), self.dtype)
+        size = self.inputs.size or image_size or self._default_size
+        flops = _count_flops(self.model, (self.inputs.teacher_chans, *size), self.dtype)
         precision = str(self.dtype).removeprefix('torch.') + (' under autocast' if self.dtype_name == 'amp' else '')
         parts = [
             f'{self.source} ({self.model_name}): {self.num_params / 1e6:.2f} M parameters',
@@ -308,5 +303,124 @@ def _hash_weights(model: nn.Module, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def _same_shape(tensors: Sequence[torch.Tensor]) -> bool:
-    return all(t.shape == tensors[0].shape for t in tensors)
+@torch.no_grad()
+def _count_flops(model: nn.Module, image_shape: tuple[int, int, int], dtype: torch.dtype) -> int | None:
+    """Return the FLOPs of one image `(C, H, W)`, a multiply-add counting as two; None for a model that resists.
+
+    Nothing is computed: on the `meta` device tensors have a shape and no data.
+    """
+    state = {name: tensor.to('meta') for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        with FlopCounterMode(display=False) as counter:
+            functional_call(model, state, (torch.empty(1, *image_shape, dtype=dtype, device='meta'),))
+    except Exception as error:  # a model may do anything in its forward; the figure is a courtesy
+        _logger.debug(f'FLOPs not counted: {shortened(error)}.')
+        return None
+    return counter.get_total_flops()
+
+
+class TeacherEnsemble(nn.Module):
+    """Several teachers as one: the mean of their probabilities at temperature 1, as log-probabilities.
+
+    Args:
+        members: The teachers, each with its own adaptation to the student's images and classes.
+
+    Attributes:
+        members: The teachers.
+        source: Their sources.
+        model_name: Their architectures.
+        num_params: Parameters of all of them.
+        num_classes: Columns of the logits.
+    """
+
+    def __init__(self, members: Sequence[Teacher]):
+        super().__init__()
+        self._members = nn.ModuleList(members)
+        self.source = ' + '.join(m.source for m in members)
+        self.model_name = ' + '.join(m.model_name for m in members)
+        self.num_params = sum(m.num_params for m in members)
+        self.num_classes = members[0].num_classes
+        self.eval()
+
+    @property
+    def members(self) -> list[Teacher]:
+        """Return the single teachers."""
+        return list(self._members)
+
+    def train(self, mode: bool = True) -> 'TeacherEnsemble':
+        """Stay in eval mode, whatever the mode of what holds the teachers."""
+        return super().train(False)
+
+    def compile(self, *args: Any, **kwargs: Any) -> 'TeacherEnsemble':
+        """Compile each member, as `Teacher.compile`."""
+        for member in self._members:
+            member.compile(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the log of the mean probabilities `[B, num_classes]` of images `[B, in_chans, H, W]`, in float32."""
+        return self.combine([member(images) for member in self._members])
+
+    @staticmethod
+    def combine(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the log of the mean probabilities `[B, num_classes]` of each member's logits `[B, num_classes]`."""
+        log_probs = torch.stack([each.log_softmax(dim=1) for each in logits])
+        return log_probs.logsumexp(dim=0) - math.log(len(logits))
+
+    def weights_hash(self) -> str:
+        """Return the sha256 over the members' hashes, in their order."""
+        return hashlib.sha256(' '.join(m.weights_hash() for m in self._members).encode()).hexdigest()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return all that decides the logits of an image, of each member by its number."""
+        return {str(i): member.fingerprint() for i, member in enumerate(self._members)}
+
+    def describe(self, image_size: tuple[int, int] | None = None) -> str:
+        """Say what the teachers are and do, in one line each."""
+        return '\n'.join(m.describe(image_size) for m in self._members)
+
+
+def create_teacher(
+        spec: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+        *args: Any,
+        model: str | Sequence[str | None] | None = None,
+        use_ema: bool = False,
+        class_map: str | Path | Sequence[str | Path | None] | None = None,
+        **kwargs: Any,
+) -> Teacher | TeacherEnsemble:
+    """Make the teacher of a spec, or the ensemble of a list of specs.
+
+    Args:
+        spec: A spec of `Teacher`, or a list of them.
+        *args: Further positional arguments of `Teacher`.
+        model: Architecture of the weights files among the specs; a list has one entry for each spec.
+        use_ema: Take the EMA weights of the weights files among the specs.
+        class_map: Class map of every teacher; a list has one entry for each spec.
+        **kwargs: Further arguments of `Teacher`.
+
+    Raises:
+        UsageError: If a teacher cannot be had or cannot teach this student.
+    """
+    specs = [spec] if isinstance(spec, str | Path | nn.Module) else list(spec)
+    models, maps = _one_each('model', model, specs), _one_each('class_map', class_map, specs)
+    if len(specs) == 1:
+        return Teacher(specs[0], *args, model=models[0], use_ema=use_ema, class_map=maps[0], **kwargs)
+    is_file = [not isinstance(s, nn.Module) and locate(str(s))[0] == 'file' for s in specs]
+    if not any(is_file) and (use_ema or model is not None):
+        raise UsageError('`model` and `use_ema` are for weights files, and no teacher is one.')
+    if isinstance(model, str):
+        models = [model if file else None for file in is_file]
+    return TeacherEnsemble([
+        Teacher(s, *args, model=m, use_ema=use_ema and file, class_map=c, **kwargs)
+        for s, m, c, file in zip(specs, models, maps, is_file, strict=True)
+    ])
+
+
+def _one_each(name: str, value: Any, specs: list) -> list:
+    """Return a value for each spec: the same for all, or a list of one each."""
+    if not isinstance(value, list | tuple):
+        return [value] * len(specs)
+    if len(value) != len(specs):
+        raise UsageError(f'`{name}` is given {len(value)} times for {len(specs)} teachers: one for all or one each.')
+    return list(value)
