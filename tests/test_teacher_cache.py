@@ -385,11 +385,12 @@ def test_a_link_to_a_folder_is_a_cache_like_any_other(tmp_path):
     {'args.yaml': b'model: resnet18', 'summary.csv': b'epoch'},
     {'epoch-0000.logits': b'rows without a key'},
     {'key.json': b'{"private": 1}', 'args.yaml': b'model: resnet18'},
+    {'key.json': b'-----BEGIN PRIVATE KEY-----', 'holiday.jpg': b''},
 ])
 def test_a_folder_of_other_files_is_not_taken_for_a_cache(tmp_path, files, rebuild):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match='no teacher cache|not that of a teacher cache'):
+    with pytest.raises(UsageError, match='no teacher cache|not that of a teacher cache|is damaged'):
         folder(tmp_path, rebuild=rebuild)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != 'lock'}
     assert kept == files

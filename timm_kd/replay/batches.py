@@ -34,6 +34,7 @@ class BatchKey(NamedTuple):
     mixup_enabled: bool
 
     def position(self, row: int) -> int:
+        """Return the place of a row of the batch in the epoch, over all ranks."""
         return self.first + row * self.stride
 
 

@@ -21,7 +21,7 @@ def derive_seed(*key: int) -> int:
 
 
 def seeds_under(*key: int) -> Callable[[int, int], int]:
-    """Return a function of two integers that derives the seed of `key` followed by them, in a fifth of the time."""
+    """Return a function of two integers: the seed of `key` followed by them, in a fifth of the time."""
     start = hashlib.blake2b(struct.pack(f'<{len(key)}q', *key), digest_size=8)
 
     def derive(first: int, second: int) -> int:
@@ -41,7 +41,7 @@ def seed_generators(seed: int, generator: torch.Generator = torch.default_genera
 
 @contextmanager
 def preserved_generators(generator: torch.Generator = torch.default_generator) -> Iterator[None]:
-    """Give the streams back as they were; in a worker nobody else draws from them, so nothing is saved there."""
+    """Restore the three streams at the end. In a worker nobody else draws from them, so nothing is saved there."""
     if get_worker_info() is not None:
         yield
         return

@@ -23,7 +23,7 @@ _MAX_PENDING = 2
 
 
 class CachedTeacher(nn.Module):
-    """Stands in for the teacher in training: reads the logits of a batch, or has them computed and stores them.
+    """The teacher of a training run with a cache: it reads a batch's logits, or has them computed and stores them.
 
     What the student learns from is what the cache holds, also in the run that fills it: a run that is interrupted, or
     reads, sees the same logits to the bit.
@@ -163,7 +163,7 @@ class CachedTeacher(nn.Module):
             file.close()
 
     def close(self) -> None:
-        """Write what is on its way and give the folder back."""
+        """Write the rows that are on their way and give up the folder, its lock included."""
         self.flush()
         self.folder.close()
 
@@ -224,7 +224,7 @@ class CachedTeacher(nn.Module):
 
 
 class HostCopies:
-    """Rows between host and device, of which the host waits for none while the device has work.
+    """Copies of rows between host and device, none of which the host waits for while the device has work.
 
     A copy that is not waited for needs pinned memory on the host: from pageable memory torch copies as if it had been
     told to wait. torch's allocator of pinned memory gives a buffer out again only when the copies that were queued with

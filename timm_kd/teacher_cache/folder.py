@@ -36,6 +36,9 @@ FORMAT = 2
 KEY_FILE, LOCK_FILE, TEACHER_FILE, MEMBERS_FILE, ARGS_FILE = \
     'key.json', 'lock', 'teacher.json', 'members.json', 'args.yaml'
 VALIDATION_FILES = 'validation-*.npz'
+_NAMES = re.compile(
+    r'lock|args\.yaml|(key|teacher|members)\.json|epoch-[0-9]{4,9}\.logits|validation-[0-9a-f]{12}\.npz|\.new-[0-9a-f]+'
+)
 _MEMBER = {'source', 'model_name', 'num_params'}
 _READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
 
@@ -115,7 +118,7 @@ class CacheFolder:
         if not self.writable and not os.path.lexists(path):
             raise UsageError(f'--teacher-cache {self.path} is empty and cannot be written: use another folder.')
         if os.path.lexists(path):
-            self._check_format(path, damaged_is_ours=rebuild)
+            self._check_format(path, rebuild)
         try:
             self._claim_both(key, teacher)
         except OtherKey:
@@ -125,16 +128,16 @@ class CacheFolder:
             self._clear()
             self._claim_both(key, teacher)
 
-    @staticmethod
-    def _check_format(path: Path, damaged_is_ours: bool) -> None:
+    def _check_format(self, path: Path, rebuild: bool) -> None:
+        """Refuse a key.json of another program, with its folder; a damaged one may be cleared among a cache's files."""
         try:
             stored = read_key(path)
         except OtherKey:
-            if damaged_is_ours:
+            if rebuild and all(_NAMES.fullmatch(name) for name in os.listdir(self.path)):
                 return
             raise
         if 'format' not in stored:
-            raise UsageError(f'--teacher-cache {path.parent}: its {path.name} is not that of a teacher cache.')
+            raise UsageError(f'--teacher-cache {self.path}: its {path.name} is not that of a teacher cache.')
 
     def _claim_both(self, key: Key, teacher: Key | None) -> None:
         claim_key(self.path / KEY_FILE, key)
@@ -176,7 +179,7 @@ class CacheFolder:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Give up the folder, its lock included."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -7,7 +7,7 @@ _DTYPES = {'float16': torch.float16, 'float32': torch.float32}
 
 
 class RowLayout:
-    """Packs logits into rows of bytes and back, on the device they are on.
+    """Logits as rows of bytes, packed and unpacked on the device they are on.
 
     With `topk` a row holds the k largest logits, their classes, and the log-sum-exp of all others, which `unpack`
     spreads evenly over them: the probabilities of the k classes stay exact, the others share theirs.
@@ -29,7 +29,7 @@ class RowLayout:
 
     @torch.no_grad()
     def pack(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, C]` float32 -> rows `[B, row_bytes]` uint8; without `topk` a masked class stays at -inf."""
+        """Pack logits `[B, C]` float32 into rows `[B, row_bytes]` uint8; a masked class is -inf but under `topk`."""
         if not self.topk:
             return self._narrow(logits).view(torch.uint8)
         values, classes = logits.topk(self.topk, dim=1)
@@ -39,7 +39,7 @@ class RowLayout:
 
     @torch.no_grad()
     def unpack(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `[B, row_bytes]` uint8 -> logits `[B, C]` float32."""
+        """Unpack rows `[B, row_bytes]` uint8 to logits `[B, C]` float32."""
         if not self.topk:
             return rows.view(self.dtype).float()
         sizes = self._value_bytes, self._index_bytes, torch.float32.itemsize
@@ -51,7 +51,7 @@ class RowLayout:
         return each.repeat(1, self.num_classes).scatter_(1, classes.long(), values.float())
 
     def _narrow(self, logits: torch.Tensor) -> torch.Tensor:
-        """Casts to the stored dtype; what is too large for float16 becomes its largest number, infinities stay."""
+        """Cast to the stored dtype; what is too large for float16 becomes its largest number, infinities stay."""
         if self.dtype == torch.float32:
             return logits.float().contiguous()
         largest = torch.finfo(self.dtype).max
