@@ -12,7 +12,13 @@ from timm.utils import CheckpointSaver
 
 from timm_kd.errors import UsageError
 from timm_kd.run.checkpoint import AtomicSaver, CheckpointWriteError, find_recoveries
-from timm_kd.run.resume import find_resume_point, read_checkpoint, run_state_of
+from timm_kd.run.resume import (
+    ema_random_state,
+    find_resume_point,
+    read_checkpoint,
+    run_state_of,
+    set_ema_random_state,
+)
 
 
 def make_saver(folder: Path, cls: type = AtomicSaver, max_history: int = 2) -> CheckpointSaver:
@@ -54,6 +60,44 @@ def test_failed_write_is_an_error_and_leaves_the_last_checkpoint(tmp_path, monke
     monkeypatch.undo()
     assert torch.load(tmp_path / 'last.pth.tar')['epoch'] == 0
     assert sorted(os.listdir(tmp_path)) == ['checkpoint-0.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_error_of_the_device_during_a_save_is_no_full_disk(tmp_path, monkeypatch, error):
+    saver = make_saver(tmp_path)
+
+    def fail(state, path):
+        Path(path).write_bytes(b'half')
+        raise error('CUDA error: an illegal memory access was encountered')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(error):
+        saver.save_checkpoint(0, 1.0)
+    assert os.listdir(tmp_path) == []
+
+
+def make_ema_task() -> ClassificationTask:
+    """A task whose EMA timm rounds stochastically, by a generator of its own."""
+    torch.manual_seed(0)
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3).bfloat16(), verbose=False)
+    task.setup_ema(decay=0.9)
+    return task
+
+
+def test_random_stream_of_the_ema_is_taken_up():
+    task, resumed = make_ema_task(), make_ema_task()
+    task.update_ema(step=1)
+    assert not torch.equal(ema_random_state(task), ema_random_state(resumed))
+    set_ema_random_state(resumed, ema_random_state(task))
+    assert torch.equal(ema_random_state(task), ema_random_state(resumed))
+
+
+def test_random_stream_of_an_ema_on_another_kind_of_device_is_left_out_with_a_warning(caplog):
+    task = make_ema_task()
+    before = ema_random_state(task)
+    set_ema_random_state(task, torch.zeros(16, dtype=torch.uint8))  # as a CUDA generator's
+    assert torch.equal(ema_random_state(task), before)
+    assert len(caplog.messages) == 1 and 'another kind of device' in caplog.text
 
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full on this system')

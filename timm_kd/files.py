@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import stat
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,80 @@ from safetensors import SafetensorError
 
 from .errors import UNSAFE, UsageError, shortened
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file so that a kill leaves either the old one or the new one, whole."""
     temporary = f'{path}.tmp'
-    with open(temporary, 'wb') as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write that fails names no file
+
+
+class FolderLock:
+    """A folder's lock against a second process that would write there; a process that is killed loses it.
+
+    It is a lock of POSIX records on a file in the folder. They work over NFS too, and forked workers, which outlive
+    their killed parent for some seconds, do not inherit them.
+
+    Args:
+        name: The name of the file.
+        patience: Seconds to wait for a process that is just ending.
+    """
+
+    def __init__(self, name: str = 'run.lock', patience: float = 10.0):
+        self._name = name
+        self._patience = patience
+        self._path: Path | None = None
+        self._file = None
+
+    def __enter__(self) -> 'FolderLock':
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def acquire(self, folder: str | Path) -> bool:
+        """Take the lock of an existing folder, unless it is held already; return whether this process has it.
+
+        Where the system or the file system has no locks, every process has it.
+
+        Raises:
+            OSError: If the file cannot be made.
+        """
+        if self._file is not None or fcntl is None:
+            return True
+        self._path = Path(folder, self._name)
+        deadline = time.monotonic() + self._patience
+        while True:
+            file = open(self._path, 'a')
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.close()
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return True
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.1)
+                continue
+            # The process that held the lock before removes the file: a lock on a removed file locks nothing.
+            if self._path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+                self._file = file
+                return True
+            file.close()
 
 
 def open_regular(path: str | Path, flags: int) -> int:

@@ -164,7 +164,7 @@ def _fill(run: TeacherRun, epochs: Sequence[int]) -> None:
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Bar and log lines share a terminal; a file gets the lines alone.
-        visible = run.process.primary and sys.stderr.isatty()
+        visible = run.process.primary and sys.stderr is not None and sys.stderr.isatty()
         if visible:
             stack.enter_context(logging_redirect_tqdm())
         bar = stack.enter_context(tqdm(

@@ -60,7 +60,7 @@ class RunLog:
 
     def start(self, total_updates: int) -> None:
         """Opens the progress bar, where stderr is a terminal that can show one."""
-        if self.primary and sys.stderr.isatty():
+        if self.primary and sys.stderr is not None and sys.stderr.isatty():
             self._stack.enter_context(logging_redirect_tqdm())
             known_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in some containers
             size = {'dynamic_ncols': True} if known_width else {'ncols': 80, 'nrows': 24}

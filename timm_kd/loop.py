@@ -15,12 +15,13 @@ from .data import TrainData
 from .engine import Progress, StepSettings, train_one_epoch, validate
 from .logs import RunLog
 from .meters import Agreement, NonFiniteLoss, SkippedSteps, StepTotals, create_evaluator
-from .process import AgreedStop, Process
+from .process import AgreedStop, Process, print_out
 from .run.checkpoint import AtomicSaver
 from .run.record import Summary
 from .run.resume import (
     ema_random_state,
     gather_rank_states,
+    rank_state,
     restore_rank_state,
     restored_totals,
     set_ema_random_state,
@@ -88,8 +89,9 @@ class Loop:
         self.first_batch = 0
         self.totals = StepTotals(self.steps.device)
         self.stop = AgreedStop(self.process)
+        self.interrupted = False
         self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
-        self._trained_ranks = []
+        self._trained: dict[str, Any] = {}
 
     def restore(self, state: dict[str, Any], same_epoch: bool) -> None:
         """Takes up the state that an exact resume needs beyond timm's.
@@ -118,14 +120,18 @@ class Loop:
         return -(-(len(self.data.loader) if batches is None else batches) // self.steps.grad_accum_steps)
 
     def run(self) -> list[dict[str, Any]]:
-        """Trains to the last epoch and returns the results of all epochs."""
+        """Train to the last epoch, or until Ctrl-C, and return the results of all epochs that are done."""
         settings = self.settings
         with self.stop, ExitStack() as stack:
             stack.callback(self.log.close)
             self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
-            for epoch in range(settings.start_epoch, settings.num_epochs):
-                self._train_epoch(epoch)
-                self._finish_epoch(epoch)
+            try:
+                for epoch in range(settings.start_epoch, settings.num_epochs):
+                    self._train_epoch(epoch)
+                    self._finish_epoch(epoch)
+            except KeyboardInterrupt:  # as timm's script, which goes on to its results
+                self.interrupted = True
+                _logger.warning('Interrupted: the results are those of the epochs so far.')
         return self.history
 
     def _train_epoch(self, epoch: int) -> None:
@@ -152,17 +158,17 @@ class Loop:
             )
             self._check_finite(epoch)
             self._distribute_bn(self.task.get_trainable_module())
-        # Validation draws from the random streams and evens out the EMA's batch norm: a run stopped in it starts over
-        # from here.
-        self._trained_ranks = self._gather_ranks()
+        # A run that is stopped in its validation starts over from here: validation draws from the random streams, and
+        # makes the EMA's batch norm the same in all processes.
+        self._trained = self._rank_state()
         if self.first_batch < len(self.data.loader) and self._recovery_due(self._num_updates() - 1):
-            self._save_recovery(epoch, len(self.data.loader), self._trained_ranks)
+            self._save_recovery(epoch, len(self.data.loader), self._trained)
         self.first_batch = 0
 
     def _after_update(self, progress: Progress) -> None:
         self.log.step(progress)
         if self.skipped is not None and self.skipped.count_update() >= SKIPPED_STEPS_ALLOWED:
-            self.totals.check_finite(progress.epoch)
+            self.totals.check_finite(progress.epoch, distributed=self.process.distributed)
             raise NonFiniteLoss(
                 progress.epoch,
                 progress.batch_idx,
@@ -173,21 +179,26 @@ class Loop:
             self.log.train(progress, self.totals, self._lr())
         self.stop.check()
         batches = progress.batch_idx + 1
-        # That of the last update waits until the epoch's training is complete.
+        # The recovery file due at the epoch's last update is written by _train_epoch, when the training is complete.
         if batches < len(self.data.loader) and self._recovery_due(progress.update_idx):
             self._check_finite(progress.epoch)
-            self._save_recovery(progress.epoch, batches, self._gather_ranks())
+            self._save_recovery(progress.epoch, batches, self._rank_state())
 
     def _check_finite(self, epoch: int) -> None:
-        self.totals.check_finite(epoch, allowed_in_a_row=SKIPPED_STEPS_ALLOWED if self.loss_scaler is not None else 0)
+        self.totals.check_finite(
+            epoch,
+            allowed_in_a_row=SKIPPED_STEPS_ALLOWED if self.loss_scaler is not None else 0,
+            distributed=self.process.distributed,
+        )
 
     def _recovery_due(self, update_idx: int) -> bool:
         interval = self.settings.recovery_interval
         return self.stop.agreed or bool(interval and (update_idx + 1) % interval == 0)
 
-    def _save_recovery(self, epoch: int, batches: int, ranks: list[dict[str, Any]]) -> None:
+    def _save_recovery(self, epoch: int, batches: int, own: dict[str, Any]) -> None:
         """Saves where the run stands after so many batches of an epoch; after SIGTERM, it ends here."""
         update_idx, trained = self._num_updates(batches) - 1, batches == len(self.data.loader)
+        ranks = gather_rank_states(own, self.process)
         if self.saver is not None:
             self.saver.run_state = dict(
                 self._run_state(ranks),
@@ -199,8 +210,8 @@ class Loop:
         if self.stop.agreed:
             self.stop.leave(f'epoch {epoch}, {"validation" if trained else f"update {update_idx}"}')
 
-    def _gather_ranks(self) -> list[dict[str, Any]]:
-        return gather_rank_states(self.task, self.totals, self.process)
+    def _rank_state(self) -> dict[str, Any]:
+        return rank_state(self.task, self.totals, self.process)
 
     def _run_state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -229,7 +240,7 @@ class Loop:
         self._step_scheduler(completed, metric)
 
     def _save(self, epoch: int, metric: float | None) -> None:
-        ranks = self._gather_ranks()
+        ranks = gather_rank_states(self._rank_state(), self.process)
         if self.saver is None:
             return
         self.saver.run_state = self._run_state(ranks)
@@ -272,7 +283,7 @@ class Loop:
             if agreement is not None:
                 agreement.add(batch_idx, output)
             if can_stop and self.stop.check():
-                self._save_recovery(epoch, len(self.data.loader), self._trained_ranks)
+                self._save_recovery(epoch, len(self.data.loader), self._trained)
 
         metrics = validate(
             model,
@@ -294,4 +305,4 @@ def print_results(history: list[dict[str, Any]], best_epoch: int | None, **furth
     best = next((result for result in history if result['epoch'] == best_epoch), None)
     if best is not None:
         results['best'] = best
-    print(f'--result\n{json.dumps(results, indent=4)}')
+    print_out(f'--result\n{json.dumps(results, indent=4)}')

@@ -74,18 +74,25 @@ class StepTotals:
             values = reduce_tensor(values, world_size)
         return dict(zip(self.names, values.tolist(), strict=True))
 
-    def check_finite(self, epoch: int, allowed_in_a_row: int = 0) -> None:
-        """Waits for the device and raises if a loss was not finite.
+    def check_finite(self, epoch: int, allowed_in_a_row: int = 0, distributed: bool = False) -> None:
+        """Wait for the device and raise if a loss was not finite.
 
         Args:
             epoch: For the message.
             allowed_in_a_row: Batches in a row that may be bad, because a loss scaler skips them.
+            distributed: Whether to raise in all processes where it was not finite in one; all must call it.
 
         Raises:
             NonFiniteLoss: Naming the epoch, the first bad batch and the component that failed first.
         """
-        bad = {name: batch for name, batch in zip(self.names, self.first_bad.tolist(), strict=True) if batch >= 0}
-        if not bad or (allowed_in_a_row and int(self.bad_in_a_row) < allowed_in_a_row):
+        never = torch.iinfo(torch.int64).max
+        first_bad = self.first_bad.where(self.first_bad >= 0, never)
+        flags = torch.cat([first_bad, -self.bad_in_a_row[None]])
+        if distributed:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+        *first_bad, bad_in_a_row = flags.tolist()
+        bad = {name: batch for name, batch in zip(self.names, first_bad, strict=True) if batch < never}
+        if not bad or (allowed_in_a_row and -bad_in_a_row < allowed_in_a_row):
             return
         # Sums come after their parts: the last name with the smallest batch index is the most specific one.
         component = min(reversed(bad), key=bad.get)

@@ -130,28 +130,44 @@ def setup_process(device: str, device_modules: list[str] | None = None) -> Proce
     return Process(device, rank, world_size, group)
 
 
+def _accelerators() -> dict[str, Any]:
+    """Return torch's modules of the accelerators in use, each of which draws for the current device of the process."""
+    in_use = {
+        'cuda': torch.cuda.is_initialized(),
+        'xpu': torch.xpu.is_initialized(),
+        'mps': torch.backends.mps.is_available(),
+    }
+    return {name: getattr(torch, name) for name, used in in_use.items() if used}
+
+
 def get_random_state() -> dict[str, Any]:
-    """Return the states of Python's, NumPy's, torch's and CUDA's generators, in types that `weights_only` loads."""
+    """Return the states of the generators of Python, NumPy, torch and the own device, as `weights_only` can load them.
+    """
     version, keys, gauss = random.getstate()
     name, numpy_keys, position, has_gauss, cached = np.random.get_state()
     return {
         'python': (version, list(keys), gauss),
         'numpy': (name, numpy_keys.tolist(), position, has_gauss, cached),
         'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        'devices': {name: module.get_rng_state() for name, module in _accelerators().items()},
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set what `get_random_state` returned; CUDA states only for as many devices as there are."""
+    """Set what `get_random_state` returned; the state of a kind of device that this process does not use is left out.
+    """
     version, keys, gauss = state['python']
     random.setstate((version, tuple(keys), gauss))
     name, numpy_keys, position, has_gauss, cached = state['numpy']
     np.random.set_state((name, np.array(numpy_keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state['torch'])
-    if torch.cuda.is_available():
-        for index, cuda_state in enumerate(state['cuda'][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, index)
+    devices = state.get('devices')
+    if devices is None:  # a checkpoint of version 0.1 lists all CUDA devices of the machine
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        devices = {'cuda': state['cuda'][index]} if index < len(state['cuda']) else {}
+    for name, module in _accelerators().items():
+        if name in devices:
+            module.set_rng_state(devices[name])
 
 
 @contextmanager
@@ -170,40 +186,57 @@ class Terminated(CommandError):
 
 
 class AgreedStop:
-    """SIGTERM at any process of a run (schedulers send it before they kill), made a decision that all take together.
+    """SIGTERM (schedulers send it before they kill) and Ctrl-C, as decisions that all processes of a run take at once.
 
-    A process that stopped by itself would leave the others in a collective operation that nobody answers, and the
-    signal reaches the processes at different moments, or one of them alone. So each `check` starts a reduction of the
-    flags in the gloo group and returns the result of the reduction that the check before it started: by then it has
-    arrived, and nothing waits for a device. A single process stops at once.
+    A process that stopped by itself would leave the others in a collective operation that nobody answers, and a signal
+    reaches the processes at different moments, or one of them alone. So each `check` starts a reduction of the signals
+    in the gloo group and acts on the result of the reduction that the check before it started: by then it has arrived,
+    and nothing waits for a device.
+
+    A single process stops at the first check after SIGTERM; Ctrl-C raises `KeyboardInterrupt` there wherever it is.
 
     Args:
         process: The process. In a group, all must make the object and the same number of checks.
+
+    Attributes:
+        agreed: Whether the run stops for SIGTERM.
     """
 
     def __init__(self, process: Process):
-        self.received = False
+        self.received = 0  # the number of the signal
         self.agreed = False
         self._process = process
-        self._previous = self._reduction = self._flag = None
+        self._previous: dict[int, Any] = {}
+        self._reduction = self._flag = None
 
     def __enter__(self) -> 'AgreedStop':
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        signals = [signal.SIGTERM]
+        # A process in the background of a shell script ignores Ctrl-C, and goes on to.
+        if self._process.distributed and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signals.append(signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _receive(self, number: int, frame: object) -> None:
-        self.received = True
+        self.received = max(self.received, number)  # SIGTERM, which leaves a recovery file, over Ctrl-C
 
     def check(self) -> bool:
-        """Tell whether to stop here: the same answer in all processes."""
+        """Tell whether to stop here for SIGTERM: the same answer in all processes.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, in all processes at the same check.
+        """
         if self._process.group is None:
-            self.agreed = self.received
+            self.agreed = self.received == signal.SIGTERM
             return self.agreed
         if self._reduction is not None:
             self._reduction.wait()
+            if self._flag == signal.SIGINT:
+                raise KeyboardInterrupt
             self.agreed = bool(self._flag)
         if not self.agreed:
             self._flag = torch.tensor(self.received, dtype=torch.uint8)
@@ -285,6 +318,16 @@ class _Watch:
             self._store.set(f'ended-{self._rank}', '')
         except RuntimeError:  # the process that held the store is done, too
             return
+
+
+def print_out(text: str) -> None:
+    """Print to stdout; where nobody reads there any more (`| head -1`) or it is full, go on without."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        _logger.warning(f'stdout cannot be written ({error.strerror}).')
+        # Python would try once more at its exit, and end with an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG

@@ -30,7 +30,7 @@ from .cli.messages import in_flags
 from .data import class_names, create_eval_loader
 from .engine import evaluate_teacher
 from .errors import UsageError
-from .files import write_atomically
+from .files import FolderLock, write_atomically
 from .hub import check_access, push_run
 from .logs import RunLog, setup_logging
 from .loop import Loop, print_results
@@ -55,12 +55,12 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
-    with ending('train-kd', speak=in_flags):
+    with ending('train-kd', speak=in_flags), FolderLock() as lock:
         args, args_text = parse_args(argv)
-        run(args, args_text, argv)
+        run(args, args_text, argv, lock)
 
 
-def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
+def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderLock) -> None:
     """Builds everything that the flags name, trains, and prints the results."""
     _check_output(args)
     process = setup_process(args.device, args.device_modules)
@@ -80,6 +80,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
     optimizer = create_optimizer(args, student, data.reference_batch_size, process.world_size)
     loss_scaler = create_loss_scaler(args, device)
     output_dir = _output_dir(args, data_config) if primary else None
+    if primary and os.path.isdir(output_dir):
+        _lock(output_dir, lock)
     start = find_start(
         args.resume, output_dir, process, replayable=args.replayable_data, start_epoch=args.start_epoch)
     if start.path is not None and args.sched == 'plateau':
@@ -108,7 +110,9 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         f'LR stepped per {"update" if args.sched_on_updates else "epoch"}.')
     eval_metric = args.eval_metric if eval_loader is not None else 'loss'
     if primary:
-        _make_folder(output_dir)  # nothing on the command line is wrong, as far as can be known
+        # Made here, when nothing is wrong with the command line as far as can be known.
+        _make_folder(output_dir)
+        _lock(output_dir, lock)
     loop = Loop(
         task=task,
         optimizer=optimizer,
@@ -171,7 +175,12 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str]) -> None:
         record.set_best(loop.saver.best_epoch, loop.saver.best_metric)
         record.write(output_dir)
         _report(loop, record)
-        _push(args, output_dir)
+        if args.push_to_hub and loop.interrupted:
+            _logger.warning(
+                f'--push-to-hub {args.push_to_hub}: the run was interrupted, so it is not pushed; '
+                f'python -m timm_kd.hub push {output_dir} {args.push_to_hub} pushes what there is.')
+        else:
+            _push(args, output_dir)
 
 
 def _output_dir(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
@@ -211,6 +220,18 @@ def _make_folder(path: str) -> None:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UsageError(f'--output {os.path.dirname(path)}: {error}') from error
+
+
+def _lock(output_dir: str, lock: FolderLock) -> None:
+    try:
+        free = lock.acquire(output_dir)
+    except OSError as error:
+        raise UsageError(f'--experiment {os.path.basename(output_dir)}: {output_dir}: {error.strerror}.') from error
+    if not free:
+        raise UsageError(
+            f'--experiment {os.path.basename(output_dir)}: another run is writing to {output_dir}: wait for its end or '
+            'take another name.'
+        )
 
 
 def _create_saver(args: argparse.Namespace, loop: Loop, output_dir: str) -> AtomicSaver:

@@ -3,7 +3,7 @@
 import argparse
 import logging
 
-from ..process import ending
+from ..process import ending, print_out
 from . import push_run
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_kd').setLevel(logging.INFO)
     with ending('timm_kd.hub'):
-        print(push_run(
+        print_out(push_run(
             args.run_dir,
             args.repo_id,
             private=args.private,

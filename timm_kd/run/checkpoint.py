@@ -6,12 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ..errors import CommandError, shortened
 
 _RECOVERY_FILE = re.compile(r'recovery-(\d+)-(\d+)\.pth\.tar')
+
+
+_DEVICE_ERRORS = torch.OutOfMemoryError, getattr(torch, 'AcceleratorError', torch.OutOfMemoryError)  # torch 2.8
 
 
 class CheckpointWriteError(CommandError):
@@ -50,8 +54,11 @@ class AtomicSaver(CheckpointSaver):
         try:
             super()._save(save_path, epoch, metric)
             _flush(save_path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except BaseException as error:
             Path(save_path).unlink(missing_ok=True)
+            # torch reports a full disk as a RuntimeError, of which the errors of a device are others.
+            if not isinstance(error, OSError | RuntimeError) or isinstance(error, _DEVICE_ERRORS):
+                raise
             raise CheckpointWriteError(
                 f'could not write the checkpoint of epoch {epoch} to {self.checkpoint_dir} ({shortened(error)}); '
                 'the last good one is untouched: free some space and continue with --resume auto.'

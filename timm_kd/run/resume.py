@@ -166,25 +166,36 @@ def ema_random_state(task: TrainingTask) -> torch.Tensor | None:
 
 
 def set_ema_random_state(task: TrainingTask, state: torch.Tensor | None) -> None:
-    """Sets what `ema_random_state` returned."""
+    """Set what `ema_random_state` returned, where the EMA is on the same kind of device as it was."""
     ema = task.get_trainable_module(ema=True)
-    if state is not None and hasattr(ema, '_sr_generator'):
-        ema._sr_generator.set_state(state)
+    if state is None or not hasattr(ema, '_sr_generator'):
+        return
+    if state.shape != ema._sr_generator.get_state().shape:  # a GPU's is 16 bytes, a CPU's 5,056
+        _logger.warning(
+            '--resume: the EMA was on another kind of device: its stochastic rounding goes on with other draws than '
+            'the interrupted run would have made.')
+        return
+    ema._sr_generator.set_state(state)
 
 
-def gather_rank_states(task: TrainingTask, totals: StepTotals, process: Process) -> list[dict[str, Any]]:
-    """Returns what each rank has for itself, in rank order; every rank must call it.
+def rank_state(task: TrainingTask, totals: StepTotals, process: Process) -> dict[str, Any]:
+    """Return what a process has for itself at this moment.
 
-    Each entry has `random` (the random streams), `totals` (the sums of the epoch so far) and `buffers`: those of the
-    model and of its EMA that are not the same on all ranks. Batch norm's running statistics follow a rank's own images
-    until `--dist-bn` evens them out, for the EMA not before it is validated; an EMA that took up rank 0's alone would
-    be another one from there on.
+    `random` are its random streams, `totals` the sums of the epoch so far, and `buffers`, in a group, copies of the
+    buffers of the model and of its EMA: batch norm's running statistics follow the images of the process itself until
+    `--dist-bn` makes them the same everywhere, which for the EMA is only before it is validated.
     """
-    if not process.distributed:
-        return [{'random': get_random_state(), 'totals': totals.state_dict(), 'buffers': {}}]
-    buffers = {name: buffer.cpu() for name, buffer in _buffers(task).items()}
-    state = {'random': get_random_state(), 'totals': totals.state_dict(), 'buffers': buffers}
-    states = process.gather(state)
+    buffers = {name: buffer.clone() for name, buffer in _buffers(task).items()} if process.distributed else {}
+    return {'random': get_random_state(), 'totals': totals.state_dict(), 'buffers': buffers}
+
+
+def gather_rank_states(state: dict[str, Any], process: Process) -> list[dict[str, Any]]:
+    """Return the `rank_state` of all processes in the order of their ranks, without buffers that are the same in all.
+
+    All processes must call it.
+    """
+    buffers = {name: buffer.cpu() for name, buffer in state['buffers'].items()}
+    states = process.gather(dict(state, buffers=buffers))
     for name, buffer in buffers.items():
         if all(torch.equal(other['buffers'][name], buffer) for other in states):
             for other in states:

@@ -16,7 +16,7 @@ from ..cli.messages import in_flags
 from ..errors import ExitCode, UsageError
 from ..fill import fill, verify
 from ..logs import setup_logging
-from ..process import ending
+from ..process import ending, print_out
 from .epoch_file import EpochFile
 from .folder import KEY_FILE, VALIDATION_FILES, epoch_files, format_bytes, read_members, read_rows, read_validation
 from .key import read_key
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         elif further and options.command == 'info':
             raise UsageError(f'{" ".join(further)}: info takes a folder and nothing else.')
         elif options.command == 'info':
-            print(describe(Path(options.folder)))
+            print_out(describe(Path(options.folder)))
         elif not verify(options.folder, further, options.batches):
             raise SystemExit(ExitCode.FAILED)
 
