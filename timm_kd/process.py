@@ -313,6 +313,7 @@ class _Watch:
 
     def close(self) -> None:
         """Stop watching: this process has done its part."""
+        _Watch.of_this_process = None
         self._ended.set()
         try:
             self._store.set(f'ended-{self._rank}', '')
@@ -363,7 +364,7 @@ def ending(
         if first:
             print(f'{program}: error: {speak(message)}', file=sys.stderr)
         raise SystemExit(code if watch is None else watch.code) from None
-    if torch.distributed.is_initialized():
+    if _Watch.of_this_process is not None:
         torch.distributed.destroy_process_group()
         _Watch.of_this_process.close()
 
