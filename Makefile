@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # Processes among which the test files are shared: `make test WORKERS=8` on a machine of eight cores, 0 for none.
 WORKERS ?= 2
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak mutants lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_kd.demo
@@ -17,6 +17,17 @@ test: $(VENV)/.test lint
 # Random kills, every precision, the oldest huggingface_hub: too long for CI.
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m soak
+
+# Bugs planted into a folder or module of the package, one at a time, each shown to the tests that reach it. Without the
+# tests of torch.compile, which cannot look through mutmut's switch between the mutants.
+ROOM ?= losses
+TESTS_losses := test_losses
+TESTS_replay := test_replay or test_data
+TESTS_meters := test_engine or test_reference_loop or test_train
+mutants: export PYTEST_ADDOPTS := -k "($(or $(TESTS_$(ROOM)),test_$(ROOM))) and not compile"
+mutants: $(VENV)/.mutants
+	$(BIN)/mutmut run 'timm_kd.$(ROOM).*'
+	$(BIN)/mutmut results
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -33,5 +44,9 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.mutants: $(VENV)/.test
+	$(BIN)/pip install -q --disable-pip-version-check 'mutmut>=3.8'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf mutants $(VENV) demo_output build *.egg-info
