@@ -17,14 +17,6 @@ FILE = '--teacher-model test_resnet --teacher {bad}/'
 
 REFUSED = {
     # the teacher that a loss needs, or has no use for
-    'kd without teacher': ('--kd-loss kd', '--kd-loss kd needs a teacher', '--teacher SPEC', 'tfnkd'),
-    'dkd without teacher': ('--kd-loss dkd', '--kd-loss dkd needs a teacher', '--teacher SPEC'),
-    'nkd without teacher': ('--kd-loss nkd', '--kd-loss nkd needs a teacher', '--teacher SPEC'),
-    'teacher for tfnkd': ('--kd-loss tfnkd --teacher {teacher}', '--teacher {teacher}', '--kd-loss tfnkd'),
-    'two teachers by two flags': (
-        '--kd-model-name resnet34 --teacher {teacher}', '--kd-model-name resnet34', '--teacher {teacher}',
-    ),
-    'teacher flag without teacher': ('--no-teacher-eval', '--no-teacher-eval', 'add --teacher SPEC'),
     # the student
     'distilled DeiT': (
         '--model deit_tiny_distilled_patch16_224 --teacher {teacher}',
@@ -76,17 +68,6 @@ REFUSED = {
     ),
     'file of a whole model': (f'{FILE}whole.pth', '--teacher {bad}/whole.pth', 'ResNet', 'state_dict()'),
     # hyper-parameters
-    'gamma for kd': ('--teacher {teacher} --kd-gamma 1', '--kd-gamma 1.0: no parameter of kd', '--kd-temperature'),
-    'alpha for nkd': (
-        '--kd-loss nkd --teacher {teacher} --kd-alpha 2', '--kd-alpha 2.0: no parameter of nkd', '--kd-gamma',
-    ),
-    'temperature for tfnkd': (
-        '--kd-loss tfnkd --kd-temperature 2', '--kd-temperature 2.0: no parameter of tfnkd',
-    ),
-    'temperature 0': ('--teacher {teacher} --kd-temperature 0', '--kd-temperature 0.0', 'above 0'),
-    'temperature below 0': ('--teacher {teacher} --kd-temperature -1', '--kd-temperature -1.0', 'above 0'),
-    'temperature nan': ('--teacher {teacher} --kd-temperature nan', '--kd-temperature nan', 'finite'),
-    'hyper-parameter without distillation': ('--kd-temperature 2', '--kd-temperature 2.0', '--teacher', '--kd-loss'),
     # data
     'more classes than the model': ('--num-classes 7', '{digits}: 10 classes', '--num-classes 7'),
     'split that is not there': ('--val-split val2', '--val-split val2', 'train, validation'),
@@ -98,25 +79,11 @@ REFUSED = {
         '--tta 16 --validation-batch-size 32', '--tta 16', '100 images', '--val-split validation',
     ),
     # what is not supported, alone or beside distillation
-    'augmentation splits with a KD loss': (
-        '--aug-splits 3 --teacher {teacher}', '--aug-splits 3: does not go with distillation', '--kd-loss kd',
-    ),
-    'JSD with a KD loss': ('--aug-splits 3 --jsd-loss --kd-loss tfnkd', '--jsd-loss', '--kd-loss tfnkd'),
-    'NaFlex loader': ('--naflex-loader', '--naflex-loader: NaFlex data is not supported'),
-    'NaFlex option': ('--naflex-max-seq-len 99', '--naflex-max-seq-len 99: NaFlex data is not supported'),
-    'multi-label task': ('--task multilabel', '--task multilabel: multi-label training is not supported'),
-    'multi-label targets': ('--target-format multihot', '--target-format multihot: multi-label'),
-    'multi-label loss': ('--loss asl', '--loss asl', 'ce, bce, jsd'),
-    'feature distillation': (
-        '--teacher {teacher} --kd-distill-type feature', '--kd-distill-type feature', 'not supported',
-    ),
-    'token distillation': ('--teacher {teacher} --kd-distill-type token', '--kd-distill-type token', 'not supported'),
     # weights to start from
     'resume from nothing': ('--resume {bad}/none.pth', '--resume {bad}/none.pth: no such file'),
     'resume truncated': ('--resume {bad}/truncated.pth', '--resume {bad}/truncated.pth cannot be read'),
     'resume text': ('--resume {bad}/text.pth', '--resume {bad}/text.pth is not a checkpoint'),
     'resume another model': ('--resume {bad}/vit.pth', '--resume {bad}/vit.pth: does not fit --model'),
-    'resume auto of no run': ('--resume auto', '--resume auto needs --experiment'),
     'start from nothing': (
         '--initial-checkpoint {bad}/none.pth', '--initial-checkpoint {bad}/none.pth: no such file',
     ),
