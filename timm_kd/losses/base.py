@@ -1,6 +1,7 @@
 """What every distillation loss is: what its class says of itself, its checks, and the way its gradient is found."""
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -204,10 +205,12 @@ class DistillationLoss(nn.Module):
                 it back would stall each step. Compiled code leaves it to the kernels as well.
         """
         self._check_logits(student_logits, teacher_logits)
+        device_type = student_logits.device.type
         in_transform = torch._C._are_functorch_transforms_active()  # what autograd.Function asks too; no public name
-        may_look = student_logits.device.type == 'cpu' and not in_transform and not torch.compiler.is_compiling()
+        may_look = device_type == 'cpu' and not in_transform and not torch.compiler.is_compiling()
         no_gradient = not (student_logits.requires_grad and torch.is_grad_enabled())
-        with torch.autocast(student_logits.device.type, enabled=False):
+        autocast = torch.amp.is_autocast_available(device_type)  # not on the meta device
+        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
             student, teacher = _widen(student_logits, teacher_logits)
             labels = read_target(target, student, smoothing, check=may_look)
             if may_look and teacher is not None and getattr(self, 'logit_std', False) and torch.isneginf(teacher).any():

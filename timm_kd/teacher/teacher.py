@@ -202,7 +202,9 @@ class Teacher(nn.Module):
             UsageError: If the teacher refuses the size of the images, or the logits of the first batch are NaN,
                 infinite or of the wrong shape.
         """
-        own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype_name != 'amp' else nullcontext()
+        device_type = images.device.type
+        autocast = self.dtype_name != 'amp' and torch.amp.is_autocast_available(device_type)  # not on the meta device
+        own_precision = torch.autocast(device_type, enabled=False) if autocast else nullcontext()
         try:
             with own_precision:
                 logits = self._logits(images) if self._compile_options is None else self._compiled_logits(images)
