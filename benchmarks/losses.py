@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """What the distillation losses cost beside cross-entropy: time and memory of forward and backward.
 
-For each loss and shape three ways run in turn, in one process: `F.cross_entropy`, ours (the closed form) and the plain
-formula (autograd through the paper's operations). Times are medians; ratios are the median of each round's ratio.
+For each loss of `KD_LOSSES` and each shape three ways run in turn, in one process: `F.cross_entropy`, ours (the closed
+form) and the plain formula (autograd through the paper's operations). Times are medians; ratios are the median of each
+round's ratio.
 Memory is the peak of what forward and backward allocate beyond their inputs, the resulting gradient included, in MB
 and in float32 tensors of the logits' shape. The output is markdown. Run it on an idle machine.
 
@@ -27,7 +28,7 @@ Step = Callable[[], None]
 
 
 def make_steps(name: str, shape: tuple[int, int], device: str, pairs: bool) -> dict[str, Step]:
-    """The three steps to compare, each from logits that are a leaf to their gradient."""
+    """Return the three steps to compare, each of which goes from logits, a leaf, to their gradient."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(shape, generator=generator).to(device) for _ in range(2))
     target = torch.randint(shape[1], shape[:1], generator=generator).to(device)
@@ -51,7 +52,7 @@ def make_steps(name: str, shape: tuple[int, int], device: str, pairs: bool) -> d
 
 
 def seconds(step: Step, device: str) -> float:
-    """Wall time of one step."""
+    """Return the wall time of one step."""
     if device == 'cuda':
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -62,7 +63,7 @@ def seconds(step: Step, device: str) -> float:
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """The most that one step holds at any moment beyond what was there before."""
+    """Return the most that one step holds at any moment beyond what was there before."""
     step()
     if device == 'cuda':
         held = torch.cuda.memory_allocated()
@@ -80,7 +81,7 @@ def peak_bytes(step: Step, device: str) -> int:
 
 
 def measure(steps: dict[str, Step], rounds: int, device: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each step, and the median over the rounds of its time over cross-entropy's."""
+    """Return the median seconds of each step, and the median over the rounds of its time over cross-entropy's."""
     for step in steps.values():
         for _ in range(3):
             step()

@@ -55,8 +55,8 @@ class Fault:
 
 
 class Hub:
-    """The server. `repos` is its state, `log` the (method, path, status) of every request
-    answered, `authorized` whether each came with a token.
+    """Serve a Hub: `repos` is its state, `log` has (method, path, status) of every request answered, `authorized`
+    whether each came with a token.
 
     Args:
         tokens: User name by token.
@@ -87,7 +87,7 @@ class Hub:
         self._server.server_close()
 
     def fail(self, method: str, path: str, status: int | None, times: float = float('inf'), body: str = '') -> None:
-        """Answers the next `times` requests whose path matches with a status, or cuts them (status None)."""
+        """Answer the next `times` requests whose path matches with a status, or cut them (status None)."""
         self.faults.append(Fault(method, re.compile(path), status, times, body))
 
     def create(self, repo_id: str, private: bool = False) -> Repo:
@@ -108,7 +108,7 @@ class Hub:
 
 
 class _Answer(Exception):
-    """Ends a request with a status, a body and headers."""
+    """End a request with a status, a body and headers."""
 
     def __init__(self, status: int, body: object = None, headers: dict[str, str] | None = None) -> None:
         super().__init__(status)
@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *_: object) -> None:
-        """Keeps the test output quiet."""
+        """Keep the test output quiet."""
 
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -6,7 +6,7 @@ from timm_kd.losses import KD_LOSSES, create_kd_loss
 
 
 def _variants(name, loss):
-    """The defaults of a loss, another temperature, and what its knobs and a teacher it can do without change."""
+    """Return a loss with its defaults, at another temperature, with standardised logits, with an optional teacher."""
     variants = [{}]
     if 'temperature' in loss.hyper_parameters():
         variants.append({'temperature': 2.0})
@@ -38,7 +38,7 @@ def takes_teacher(variant):
 
 
 def evaluate(variant, student, teacher, target, plain=False):
-    """`kd_loss` and its gradient."""
+    """Return `kd_loss` and its gradient."""
     student = student.detach().requires_grad_()
     value = create(variant, plain)(student, teacher if takes_teacher(variant) else None, target)['kd_loss']
     value.backward()
@@ -46,7 +46,7 @@ def evaluate(variant, student, teacher, target, plain=False):
 
 
 def make_batch(batch_size=6, num_classes=7, pairs=False, seed=0, scale=2.0):
-    """Student and teacher logits, float64, and hard or mixed targets (one row of a mixed batch is a single class)."""
+    """Return student and teacher logits, float64, and hard or mixed targets (one row of a mixed batch is unmixed)."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (
         scale * torch.randn(batch_size, num_classes, dtype=torch.float64, generator=generator) for _ in range(2))

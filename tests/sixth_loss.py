@@ -25,8 +25,8 @@ class LogitRegressionLoss(DistillationLoss):
     default_distill_weight = 0.5
     default_warmup = 0.5
 
-    scale: float = knob(0.1, 's, factor of the squared distance', above=0.0)
-    temperature: float = knob(2.0, 'T, which divides the logits', above=0.0, at_most=8.0)
+    scale: float = knob(0.1, 's, factor of the squared distance', above=0)
+    temperature: float = knob(2.0, 'T, which divides the logits', above=0, at_most=8)
 
     def formula(self, student: Tensor, teacher: Tensor, labels: Labels) -> dict[str, Tensor]:
         rows = ((student - teacher) / self.temperature).square().sum(1)

@@ -80,17 +80,17 @@ def header_of(name) -> dict[str, str]:
 
 
 def create_meta_model(args):
-    """The student without memory for its weights."""
+    """Create the student without memory for its weights."""
     return timm.create_model(args.model, num_classes=args.num_classes, device='meta')
 
 
 def create_optimizer(args, model):
-    """As timm's script does it."""
+    """Create the optimizer as timm's script does."""
     return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
 
 
 def lr_of_epochs(args, updates_per_epoch=10):
-    """The learning rate at the first update of each epoch, in the way timm's script steps its schedulers."""
+    """Return the learning rate at the first update of each epoch, stepped as timm's script does."""
     parameter = torch.nn.Linear(2, 2)
     scheduler, num_epochs = create_scheduler_v2(
         create_optimizer(args, parameter), **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)

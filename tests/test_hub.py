@@ -40,7 +40,7 @@ FILES = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.
 
 
 def make_run(folder: Path, model: str = 'test_resnet', size: int = 32, ema: bool = True, seed: int = 0) -> Path:
-    """A run of two epochs, the first of them the better, saved by timm's saver as the training script does."""
+    """Make a run of two epochs, the first of them the better, saved by timm's saver as the training script does."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     fixed = {'img_size': size} if 'vit' in model else {}
@@ -95,7 +95,7 @@ def make_run(folder: Path, model: str = 'test_resnet', size: int = 32, ema: bool
 
 
 def expected_logits(run_dir: Path, images: np.ndarray, checkpoint: str = 'model_best.pth.tar') -> np.ndarray:
-    """The student's logits by timm alone: its factory and its checkpoint loader."""
+    """Return the student's logits by timm alone: its factory and its checkpoint loader."""
     record = json.loads((run_dir / 'run.json').read_text())['student']
     fixed = {'img_size': images.shape[-1]} if 'vit' in record['model'] else {}
     model = timm.create_model(record['model'], num_classes=record['num_classes'], **fixed).eval()
@@ -146,7 +146,7 @@ def teach(spec: str, images: np.ndarray) -> np.ndarray:
 
 
 def train(argv: list[str], token: str | None = TOKEN) -> tuple[int, str]:
-    """Exit code and standard error of the training script."""
+    """Run the training script; return its exit code and standard error."""
     from timm_kd.train import main
 
     log_in(token)
@@ -201,7 +201,7 @@ def hub():
 
 @pytest.fixture(scope='module')
 def cut_push(hub, tmp_path_factory):
-    """The command line while every upload is cut."""
+    """Start the command line while every upload is cut."""
     folder = tmp_path_factory.mktemp('cut')
     run_dir = make_run(folder / 'run', seed=1)
     hub.fail('PUT', '/lfs/upload/me/cut/', status=None)
@@ -215,7 +215,7 @@ def cut_push(hub, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def client(hub, tmp_path_factory):
-    """Calls a function of this module in a process whose Hub client speaks to the loopback Hub."""
+    """Call a function of this module in a process whose Hub client speaks to the loopback Hub."""
     environment, before = client_environment(hub.url, tmp_path_factory.mktemp('home')), dict(os.environ)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
         try:
@@ -420,7 +420,7 @@ def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_w
 
 @pytest.fixture(scope='module')
 def training(tmp_path_factory):
-    """The flags of a short run on an image folder of three classes of coloured noise."""
+    """Return the flags of a short run on an image folder of three classes of coloured noise."""
     from PIL import Image
 
     folder, rng = tmp_path_factory.mktemp('data'), np.random.default_rng(0)

@@ -15,7 +15,7 @@ LETTERS = {'dkd': {'T': 'temperature', 'a': 'alpha', 'b': 'beta'}, 'nkd': {'T': 
 
 
 def evaluate(kd_loss, student, teacher, target, smoothing=0.0):
-    """The loss's dict, and the gradient of `kd_loss`."""
+    """Return the loss's dict, and the gradient of `kd_loss`."""
     student = student.detach().requires_grad_()
     result = kd_loss(student, teacher, target, smoothing)
     result['kd_loss'].backward()
@@ -23,7 +23,7 @@ def evaluate(kd_loss, student, teacher, target, smoothing=0.0):
 
 
 def official_total(case, dtype, plain):
-    """What the official code returned for a case, by our losses: value and gradient."""
+    """Return what the official code returned for a case, by our losses: value and gradient."""
     group, name = case.split('/')
     kind = name.split('_')[0]
     student, teacher, soft = (torch.from_numpy(OFFICIAL[f'{group}/{key}']).to(dtype)
@@ -70,7 +70,7 @@ def test_official_figures_hold_in_float32(case, plain):
 
 @pytest.fixture
 def batch():
-    """Student and teacher logits and hard targets, `[6, 5]`, float64."""
+    """Return student and teacher logits and hard targets, `[6, 5]`, float64."""
     generator = torch.Generator().manual_seed(3)
     student, teacher = (2 * torch.randn(6, 5, dtype=torch.float64, generator=generator) for _ in range(2))
     return student, teacher, torch.randint(5, (6,), generator=generator)
@@ -193,9 +193,9 @@ def test_no_teacher_gradient_is_computed(batch):
     ('kd', {'temperature': 0.0}, 'temperature must be a value above 0, got 0.0.'),
     ('tfkd', {'temperature': -1.0}, 'temperature must be a value above 0, got -1.0.'),
     ('kd', {'temperature': float('nan')}, 'temperature must be a finite number, got nan.'),
-    ('dkd', {'beta': -1.0}, 'beta must be a value of 0 or more, got -1.0.'),
+    ('dkd', {'beta': -1.0}, 'beta must be a value of at least 0, got -1.0.'),
     ('nkd', {'gamma': float('inf')}, 'gamma must be a finite number, got inf.'),
-    ('tfkd', {'correct_prob': 1.5}, 'correct_prob must be a value above 0 and of 1 or less, got 1.5.'),
+    ('tfkd', {'correct_prob': 1.5}, 'correct_prob must be a value above 0 and of at most 1, got 1.5.'),
 ])
 def test_creation_refuses_what_does_not_exist_or_is_out_of_range(name, params, message):
     with pytest.raises(ValueError, match=message):

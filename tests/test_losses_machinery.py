@@ -20,14 +20,14 @@ def make_batch(batch_size=4, num_classes=5, dtype=torch.float64, device='cpu'):
 
 
 def make_loss(name, teacher, **params):
-    """A function of student logits and target."""
+    """Return a function of student logits and target."""
     kd_loss = create_kd_loss(name, **params)
     teacher = teacher if kd_loss.needs_teacher else None
     return lambda student, target, smoothing=0.0: kd_loss(student, teacher, target, smoothing)['kd_loss']
 
 
 def peak_bytes(run, device):
-    """The most that `run` holds at any moment beyond what was there before."""
+    """Return the most that `run` holds at any moment beyond what was there before."""
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -67,7 +67,7 @@ def test_graph_keeps_one_logit_sized_tensor(name, device):
 
 
 class Dispatches(TorchDispatchMode):
-    """Counts the kernels that read or write a tensor of the given size."""
+    """Count the kernels that read or write a tensor of the given size."""
 
     def __init__(self, numel):
         super().__init__()

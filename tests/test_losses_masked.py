@@ -8,7 +8,7 @@ from losses_cases import STANDARDISED, UNMASKED, create, evaluate, make_batch, n
 
 
 def masked_batch():
-    """A teacher that lacks class 3; nothing shows class 3."""
+    """Return a batch whose teacher lacks class 3, which no row shows."""
     student, teacher, _ = make_batch(4, 6)
     teacher[:, 3] = -math.inf
     return student, teacher, torch.tensor([0, 1, 2, 5])

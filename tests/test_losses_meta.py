@@ -23,7 +23,7 @@ TEACHED = [name for name, loss in KD_LOSSES.items() if loss.accepts_teacher]
 
 
 class Stored(nn.Module):
-    """What a cache returns: rows of bytes, on the device, unpacked."""
+    """Answer as a cache does: rows of bytes, unpacked on the device."""
 
     def __init__(self, layout):
         super().__init__()
@@ -35,7 +35,7 @@ class Stored(nn.Module):
 
 @pytest.fixture(scope='module')
 def make_teacher(tmp_path_factory):
-    """Makes a teacher on the meta device that has checked its first answer, as it does once in a run."""
+    """Make a teacher on the meta device that has checked its first answer, as it does once in a run."""
     path = tmp_path_factory.mktemp('maps') / 'map.txt'
     path.write_text('\n'.join(map(str, [*range(CLASSES - 1), -1])))
 
@@ -59,7 +59,7 @@ def make_teacher(tmp_path_factory):
 
 
 def train_step(name, teacher, mixed, opt='adamw', **params):
-    """One step of everything that the loop does with a batch; returns the summed scalars."""
+    """Do with two batches all that the loop does; return the summed scalars."""
     student = timm.create_model('test_resnet', num_classes=CLASSES, device=META)
     task = KDTask(
         student, create_kd_loss(name, **params), teacher=teacher, smoothing=0.1 if mixed else 0.0, warmup_epochs=4,

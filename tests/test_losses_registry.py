@@ -18,7 +18,7 @@ def registered(monkeypatch):
 
 @pytest.fixture
 def refuse(tmp_path, capsys):
-    """Parses flags that are refused, and returns the line that says why."""
+    """Parse flags that are refused, and return the line that says why."""
     def run(*argv):
         with pytest.raises(SystemExit) as stop:
             parse_args([str(tmp_path), '--teacher', 'resnet34', *argv])
@@ -68,7 +68,7 @@ def test_the_range_of_its_knob_stands_at_the_flag(refuse):
 
 def test_a_range_narrower_than_that_of_other_losses_holds_for_it_alone(refuse, tmp_path):
     error = refuse('--kd-loss', 'logits', '--kd-temperature', '9')
-    assert '--kd-loss logits: temperature must be a value above 0 and of 8 or less, got 9.0.' in error
+    assert '--kd-loss logits: temperature must be a value above 0 and of at most 8, got 9.0.' in error
     args, _ = parse_args([str(tmp_path), '--teacher', 'resnet34', '--kd-loss', 'kd', '--kd-temperature', '9'])
     assert args.kd_temperature == 9
 

@@ -15,12 +15,12 @@ def read(target, smoothing=0.0, num_classes=None, dtype=torch.float32):
 
 
 def rebuild(labels, num_classes):
-    """The unsmoothed dense target that labels and weights stand for."""
+    """Return the unsmoothed dense target that labels and weights stand for."""
     return torch.zeros(len(labels.index), num_classes).scatter_add_(1, labels.index, labels.weight)
 
 
 def mixed_target(mixup_class, mode, smoothing, num_classes, prob):
-    """A dense target of timm; the same seed gives the same mix whatever the smoothing."""
+    """Return a dense target of timm; the same seed gives the same mix whatever the smoothing."""
     np.random.seed(11)
     mixup = mixup_class(
         mixup_alpha=0.8, cutmix_alpha=1.0, prob=prob, mode=mode, label_smoothing=smoothing, num_classes=num_classes)

@@ -1,6 +1,7 @@
 """The error that a user can mend, and what makes its sentence: the nearest name, one line, why the Hub said no."""
 import difflib
 import math
+import operator
 import signal
 from collections.abc import Iterable
 from enum import IntEnum
@@ -69,12 +70,16 @@ def out_of_range(
     """Return what a number should have been ("a value above 0") if it is not finite or outside of its range, or ''."""
     if not math.isfinite(value):
         return 'a finite number'
-    bounds = {'above {:g}': above, 'of {:g} or more': at_least, 'below {:g}': below, 'of {:g} or less': at_most}
-    holds = (
-        (above is None or value > above) and (at_least is None or value >= at_least)
-        and (below is None or value < below) and (at_most is None or value <= at_most)
-    )
-    return '' if holds else 'a value ' + ' and '.join(text.format(b) for text, b in bounds.items() if b is not None)
+    bounds = [
+        ('above', above, operator.gt),
+        ('of at least', at_least, operator.ge),
+        ('below', below, operator.lt),
+        ('of at most', at_most, operator.le),
+    ]
+    given = [(text, bound, holds) for text, bound, holds in bounds if bound is not None]
+    if all(holds(value, bound) for _, bound, holds in given):
+        return ''
+    return 'a value ' + ' and '.join(f'{text} {bound}' for text, bound, _ in given)
 
 
 def few(names: Iterable[str]) -> str:

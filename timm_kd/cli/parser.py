@@ -1,14 +1,12 @@
 """argparse as this project uses it: flags as data, ranges and names at the flag, errors of one line."""
 import argparse
 import copy
-import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import timm.utils
 
-from ..errors import nearest
+from ..errors import nearest, out_of_range
 
 
 class Flag(NamedTuple):
@@ -38,42 +36,22 @@ def kwargs_flag(*names: str, help: str) -> Flag:
     return Flag(names, dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help=help))
 
 
-def number(
-        kind: type[int] | type[float],
-        *,
-        above: float | None = None,
-        at_least: float | None = None,
-        below: float | None = None,
-        at_most: float | None = None,
-) -> Callable[[str], int | float]:
+def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], int | float]:
     """Return an argparse `type` for finite numbers of a range.
 
     Args:
         kind: int or float, whose name the type bears.
-        above: The value must be greater than this.
-        at_least: The value must not be less than this.
-        below: The value must be less than this.
-        at_most: The value must not be greater than this.
+        **bounds: `above`, `at_least`, `below`, `at_most`, as `out_of_range` takes them.
     """
-    bounds = [
-        ('above', above, operator.gt),
-        ('of at least', at_least, operator.ge),
-        ('below', below, operator.lt),
-        ('of at most', at_most, operator.le),
-    ]
-    bounds = [(text, bound, holds) for text, bound, holds in bounds if bound is not None]
-    expected = ' and '.join(f'{text} {bound}' for text, bound, _ in bounds)
-
     def convert(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError:
-            expected_kind = 'an integer' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(f'{text}: expected {expected_kind}') from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f'{value}: expected a finite number')
-        if not all(holds(value, bound) for _, bound, holds in bounds):
-            raise argparse.ArgumentTypeError(f'{value}: expected a value {expected}')
+            expected = 'an integer' if kind is int else 'a number'
+            raise argparse.ArgumentTypeError(f'{text}: expected {expected}') from None
+        expected = out_of_range(value, **bounds)
+        if expected:
+            raise argparse.ArgumentTypeError(f'{value}: expected {expected}')
         return value
 
     convert.__name__ = kind.__name__

@@ -41,7 +41,7 @@ def knob(
         citation: str = '',
         **bounds: float,
 ) -> Any:
-    """Declare a hyper-parameter: `beta: float = knob(8.0, 'weight of the other classes', at_least=0.0)`.
+    """Declare a hyper-parameter: `beta: float = knob(8.0, 'weight of the other classes', at_least=0)`.
 
     It becomes an argument of the constructor and an attribute; the command line has a flag for it (`--kd-beta`).
 
@@ -58,7 +58,7 @@ def knob(
 
 def temperature_knob(default: float) -> Any:
     """Declare `temperature`, which several losses have."""
-    return knob(default, 'T, which divides the logits before the softmax', above=0.0)
+    return knob(default, 'T, which divides the logits before the softmax', above=0)
 
 
 def logit_std_knob() -> Any:

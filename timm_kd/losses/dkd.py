@@ -45,8 +45,8 @@ class DKDLoss(DistillationLoss):
     default_warmup = 1 / 12
 
     temperature: float = temperature_knob(4.0)
-    alpha: float = knob(1.0, 'weight of the target class against the rest', at_least=0.0)
-    beta: float = knob(8.0, 'weight of the other classes', at_least=0.0)
+    alpha: float = knob(1.0, 'weight of the target class against the rest', at_least=0)
+    beta: float = knob(8.0, 'weight of the other classes', at_least=0)
     logit_std: bool = logit_std_knob()
 
     def formula(self, student: Tensor, teacher: Tensor, labels: Labels) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class NKDLoss(DistillationLoss):
     component_names = ('soft', 'distributed')
 
     temperature: float = temperature_knob(1.0)
-    gamma: float = knob(1.5, 'weight of the other classes', at_least=0.0)
+    gamma: float = knob(1.5, 'weight of the other classes', at_least=0)
     logit_std: bool = logit_std_knob()
 
     def formula(self, student: Tensor, teacher: Tensor, labels: Labels) -> dict[str, Tensor]:

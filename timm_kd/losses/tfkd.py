@@ -42,7 +42,7 @@ class TFKDLoss(KDLoss):
 
     temperature: float = temperature_knob(20.0)
     logit_std: ClassVar[bool] = False  # a knob of `kd` alone
-    correct_prob: float = knob(0.99, 'a, what the virtual teacher gives the true class', above=0.0, at_most=1.0)
+    correct_prob: float = knob(0.99, 'a, what the virtual teacher gives the true class', above=0, at_most=1)
 
     def formula(self, student: Tensor, teacher: Tensor | None, labels: Labels) -> dict[str, Tensor]:
         if teacher is not None:
