@@ -1,6 +1,7 @@
 """The arithmetic of an epoch, beside closed forms and timm's own meters."""
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler
 from torch import nn
@@ -88,14 +89,56 @@ def test_non_finite_loss_names_epoch_batch_and_component():
 def test_loss_scaler_may_skip_a_few_batches_in_a_row():
     task, totals = Diverging(), StepTotals(CPU)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
-    skipped, counts = SkippedSteps(optimizer), []
     train_one_epoch(
-        task, batches(6), optimizer, 0, StepSettings(CPU, prefetched=False), totals, loss_scaler=NativeScaler('cpu'),
-        on_update=lambda progress: counts.append(skipped.count_update()))
-    assert counts == [0, 0, 0, 1, 2, 3]
+        task, batches(6), optimizer, 0, StepSettings(CPU, prefetched=False), totals, loss_scaler=NativeScaler('cpu'))
     totals.check_finite(0, allowed_in_a_row=4)
     with pytest.raises(NonFiniteLoss):
         totals.check_finite(0, allowed_in_a_row=3)
+
+
+class Overflowing(ClassificationTask):
+    """Its loss is infinite in some batches, counted from 0."""
+
+    def __init__(self, where):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(3, 5), nn.CrossEntropyLoss(), verbose=False)
+        self.calls, self.where = 0, where
+
+    def forward(self, input, target):
+        result = super().forward(input, target)
+        self.calls += 1
+        return {**result, 'loss': result['loss'] * float('inf')} if self.calls - 1 in self.where else result
+
+
+@pytest.mark.parametrize('optimizer, options', [('sgd', {}), ('sgd', dict(fused=True)), ('lookahead_sgd', {})])
+def test_steps_that_the_scaler_skips_in_a_row_are_counted_whoever_skips_them(optimizer, options):
+    task = Overflowing(where={1, 4, 5, 6})
+    optimizer = create_optimizer_v2(task, optimizer, lr=0.1, **options)
+    skipped, counts = SkippedSteps(optimizer), []
+
+    def count(progress):
+        skipped.count_update()
+        counts.append(skipped.most_in_a_row())
+
+    train_one_epoch(
+        task, batches(9), optimizer, 0, StepSettings(CPU, prefetched=False), StepTotals(CPU),
+        loss_scaler=NativeScaler('cpu'), on_update=count)
+    assert counts == [0, 1, 1, 1, 1, 2, 3, 3, 3]
+    assert task.trainable_module.weight.isfinite().all()
+
+
+def test_averages_are_those_of_the_batches_that_the_scaler_did_not_skip():
+    data, totals, meter = [*batches(5), *batches(1, size=3)], StepTotals(CPU), AverageMeter()
+    plain = Overflowing(where=())
+    for index, (input, target) in enumerate(data):
+        if index not in (0, 3):
+            meter.update(plain(input, target)['loss'].item(), len(input))
+    task = Overflowing(where={0, 3})
+    train_one_epoch(
+        task, data, torch.optim.SGD(task.parameters(), lr=0.0), 0, StepSettings(CPU, prefetched=False), totals,
+        loss_scaler=NativeScaler('cpu'))
+    assert totals.averages()['loss'] == meter.avg
+    assert int(totals.num_bad) == 2
 
 
 def test_interrupted_totals_go_on_where_they_stopped():

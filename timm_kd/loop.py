@@ -156,7 +156,11 @@ class Loop:
                 first_batch=self.first_batch,
                 on_update=self._after_update,
             )
-            self._check_finite(epoch)
+            self._check_finite(epoch, len(self.data.loader) - 1)
+            if self.totals.num_bad:
+                _logger.warning(
+                    f'Epoch {epoch}: {int(self.totals.num_bad)} batches without a finite loss, whose steps the loss '
+                    'scaler skipped, are not in its averages.')
             self._distribute_bn(self.task.get_trainable_module())
         # A run that is stopped in its validation starts over from here: validation draws from the random streams, and
         # makes the EMA's batch norm the same in all processes.
@@ -167,29 +171,32 @@ class Loop:
 
     def _after_update(self, progress: Progress) -> None:
         self.log.step(progress)
-        if self.skipped is not None and self.skipped.count_update() >= SKIPPED_STEPS_ALLOWED:
-            self.totals.check_finite(progress.epoch, distributed=self.process.distributed)
-            raise NonFiniteLoss(
-                progress.epoch,
-                progress.batch_idx,
-                f'the gradients are not finite, {SKIPPED_STEPS_ALLOWED} steps in a row were skipped',
-            )
+        if self.skipped is not None:
+            self.skipped.count_update()
         if self.log.is_due(progress):
-            self._check_finite(progress.epoch)
+            self._check_finite(progress.epoch, progress.batch_idx)
             self.log.train(progress, self.totals, self._lr())
         self.stop.check()
         batches = progress.batch_idx + 1
         # The recovery file due at the epoch's last update is written by _train_epoch, when the training is complete.
         if batches < len(self.data.loader) and self._recovery_due(progress.update_idx):
-            self._check_finite(progress.epoch)
+            self._check_finite(progress.epoch, progress.batch_idx)
             self._save_recovery(progress.epoch, batches, self._rank_state())
 
-    def _check_finite(self, epoch: int) -> None:
+    def _check_finite(self, epoch: int, batch_idx: int) -> None:
+        """Raise if a loss was not finite, or too many in a row where the loss scaler skips their steps."""
         self.totals.check_finite(
             epoch,
-            allowed_in_a_row=SKIPPED_STEPS_ALLOWED if self.loss_scaler is not None else 0,
+            allowed_in_a_row=SKIPPED_STEPS_ALLOWED if self.skipped is not None else 0,
             distributed=self.process.distributed,
         )
+        # All processes skip the same steps: their gradients are summed before the scaler looks at them.
+        if self.skipped is not None and self.skipped.most_in_a_row() >= SKIPPED_STEPS_ALLOWED:
+            raise NonFiniteLoss(
+                epoch,
+                batch_idx,
+                f'the gradients are not finite, {SKIPPED_STEPS_ALLOWED} steps in a row were skipped',
+            )
 
     def _recovery_due(self, update_idx: int) -> bool:
         interval = self.settings.recovery_interval

@@ -23,14 +23,15 @@ class NonFiniteLoss(CommandError, ArithmeticError):
 class StepTotals:
     """Sample-weighted sums of the scalars that a task returns, and the first batch in which each was not finite.
 
-    The sums are what timm's `AverageMeter` computes on the host: float64, in the order of the batches.
+    The sums are what timm's `AverageMeter` computes on the host: float64, in the order of the batches. A batch whose
+    scalars are not all finite is left out of them: without a loss scaler it ends the run, with one its step is skipped.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.dtype = torch.float32 if device.type == 'mps' else torch.float64
         self.names: tuple[str, ...] = ()
-        self.count = 0
+        self.count = torch.zeros((), dtype=self.dtype, device=device)
         self.sums = self.last = self.first_bad = self.bad_in_a_row = None
 
     def _start(self, names: tuple[str, ...]) -> None:
@@ -38,6 +39,7 @@ class StepTotals:
         self.sums = torch.zeros(len(names), dtype=self.dtype, device=self.device)
         self.first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=self.device)
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.num_bad = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def update(
             self,
@@ -53,13 +55,15 @@ class StepTotals:
             self._start(names)
         values = torch.stack([loss.detach().float(), *(result[name].detach().float() for name in names[1:])])
         bad = ~values.isfinite()
+        any_bad = bad.any()
         self.first_bad = torch.where(bad & (self.first_bad < 0), batch_idx, self.first_bad)
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad.any()
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * any_bad
+        self.num_bad += any_bad
         self.last = values.to(self.dtype)
         if divisor > 1:
             self.last[0] *= divisor
-        self.sums += self.last * samples
-        self.count += samples
+        self.sums += torch.where(any_bad, 0.0, self.last * samples)
+        self.count += samples * ~any_bad
 
     def averages(self, world_size: int = 1) -> dict[str, float]:
         """Returns the mean of each scalar over the samples so far, averaged over the ranks."""
@@ -100,40 +104,51 @@ class StepTotals:
 
     def state_dict(self) -> dict:
         """Returns the running sums for a recovery checkpoint."""
-        return {'names': list(self.names), 'sums': self.sums.tolist(), 'count': self.count}
+        return {'names': list(self.names), 'sums': self.sums.tolist(), 'count': self.count.item()}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up the sums of an interrupted epoch."""
         self._start(tuple(state['names']))
         self.sums += torch.tensor(state['sums'], dtype=self.dtype, device=self.device)
-        self.count = state['count']
+        self.count.fill_(state['count'])
 
 
 class SkippedSteps:
-    """Counts optimizer steps in a row that a loss scaler skipped, without asking the device.
+    """Counts optimizer steps in a row that a loss scaler skipped, without waiting for the device.
+
+    torch's scaler leaves out the `step` of an optimizer when it finds a gradient that is not finite. The `step` of a
+    fused one it always calls, after setting the attribute `found_inf` of the optimizer: its kernel reads that on the
+    device, and so does the count.
 
     Args:
-        optimizer: Its `step` is called by the scaler only when the gradients are finite.
+        optimizer: The optimizer, whose `step` is wrapped.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.in_a_row = 0
-        self._stepped = False
+        device = optimizer.param_groups[0]['params'][0].device
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._most_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped = True
         step = optimizer.step
 
         # No hook: an optimizer that wraps another (timm's Lookahead) does not call hooks.
         @wraps(step)
         def counted_step(*args: Any, **kwargs: Any) -> Any:
-            self._stepped = True
+            found_inf = getattr(optimizer, 'found_inf', None)
+            self._skipped = False if found_inf is None else (found_inf > 0).squeeze()
             return step(*args, **kwargs)
 
         optimizer.step = counted_step
 
-    def count_update(self) -> int:
-        """Returns how many updates in a row were skipped, the one just made included."""
-        self.in_a_row = 0 if self._stepped else self.in_a_row + 1
-        self._stepped = False
-        return self.in_a_row
+    def count_update(self) -> None:
+        """Count the update just made."""
+        self._in_a_row = (self._in_a_row + 1) * self._skipped
+        self._most_in_a_row = torch.maximum(self._most_in_a_row, self._in_a_row)
+        self._skipped = True
+
+    def most_in_a_row(self) -> int:
+        """Return the longest run of skipped updates so far; waits for the device."""
+        return int(self._most_in_a_row)
 
 
 class Predictions:
