@@ -6,8 +6,8 @@ from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler
 from torch import nn
 
-from timm_kd.engine import StepSettings, train_one_epoch, validate
-from timm_kd.meters import Agreement, NonFiniteLoss, SkippedSteps, StepTotals
+from timm_kd.engine import StepSettings, evaluate_teacher, train_one_epoch, validate
+from timm_kd.meters import AgreementEvaluator, NonFiniteLoss, SkippedSteps, StepTotals
 
 CPU = torch.device('cpu')
 
@@ -165,8 +165,21 @@ def test_validation_counts_every_sample_once():
 
 
 def test_agreement_ignores_the_padding_of_a_distributed_sampler():
-    loader = type('Loader', (), {'sampler': type('Sampler', (), {'num_valid_samples': 3})})
-    agreement = Agreement(torch.tensor([0, 1, 2, 2]), loader)
-    agreement.add(0, torch.eye(3)[[0, 1]])
-    agreement.add(1, torch.eye(3)[[0, 2]])
-    assert agreement.percent() == pytest.approx(200 / 3)
+    evaluator = AgreementEvaluator(torch.tensor([0, 1, 2, 2]), CPU, max_samples=3)
+    evaluator.update(torch.eye(3)[[0, 1]], torch.tensor([0, 0]))
+    evaluator.update(torch.eye(3)[[0, 2]], torch.tensor([0, 0]))
+    metrics = evaluator.compute()
+    assert metrics['agreement'] == pytest.approx(200 / 3)
+    assert metrics['top1'] == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize('tta', [0, 3])
+def test_teacher_and_student_of_the_same_weights_agree_whatever_is_averaged(tta):
+    model, data = linear_task().trainable_module, batches(3, size=6)
+    model.describe, model.num_classes, model.source = lambda size: 'linear', 5, 'itself'
+    settings = StepSettings(CPU, prefetched=False)
+    (metrics,), predictions = evaluate_teacher([model], data, settings, tta=tta)
+    evaluator = AgreementEvaluator(predictions, CPU)
+    of_student = validate(model, data, evaluator, settings, tta=tta)
+    assert len(predictions) == (6 if tta else 18)
+    assert of_student == {**metrics, 'agreement': 100.0}

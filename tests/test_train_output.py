@@ -91,6 +91,21 @@ def test_loss_top1_and_agreement_are_those_of_the_saved_model(run, ema, dtype, d
     assert row['eval_agreement'] not in (row['eval_top1'], 10, 100)  # a model this far along tells them apart
 
 
+@pytest.mark.parametrize('cache', ['', '--teacher-cache {}/cache --replayable-data --batch-size 20'])
+def test_agreement_under_tta_is_that_of_the_averaged_rows(cache, train, digits, digits_teacher, tmp_path):
+    flags = (f'--teacher {digits_teacher} --teacher-dtype float32 --initial-checkpoint '
+             f'{digits_teacher}/model.safetensors --lr 1e-3 --tta 4 {cache.format(tmp_path)}')
+    runs = [train(flags, name) for name in (('fills', 'reads') if cache else ('run',))]
+    teacher, _ = logits_of(timm.create_model(f'local-dir:{digits_teacher}', pretrained=True), digits)
+    student = timm.create_model('test_resnet', num_classes=10)
+    for run in runs:
+        student.load_state_dict(run.checkpoint()['state_dict'])
+        logits, _ = logits_of(student, digits)
+        expected = percent(*(rows.unflatten(0, (-1, 4)).mean(1) for rows in (logits, teacher)))
+        assert run.rows[0]['eval_agreement'] == pytest.approx(expected)
+    assert expected > 50
+
+
 def test_several_teachers_are_each_evaluated_and_recorded(train, digits_teacher):
     run = train(f'--teacher {digits_teacher} --teacher local-dir:{digits_teacher} --kd-loss nkd')
     first, second = run.record['teacher']

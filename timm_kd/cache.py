@@ -20,7 +20,7 @@ from .errors import UsageError
 from .process import Process
 from .setup import augmentation_settings, image_mode
 from .teacher_cache import CachedTeacher, CacheFolder, RowLayout
-from .teacher_cache.cached_teacher import epoch_rows
+from .teacher_cache.cached_teacher import epoch_rows, num_predictions
 from .teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision
 from .teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_file, read_key
 
@@ -80,7 +80,7 @@ def open_cached_teacher(
             teacher=teacher.fingerprint() if teacher is not None and process.primary else None,
         )
     wanted = eval_loader is not None and not args.no_teacher_eval
-    validation = _validation_key(args, data_config, eval_loader) if wanted else None
+    validation = _validation_key(args, data_config, eval_loader, process.world_size) if wanted else None
     sampler = data.loader.batch_sampler
 
     def cached(teacher: torch.nn.Module | None, members: Sequence[Any] = ()) -> CachedTeacher:
@@ -94,7 +94,8 @@ def open_cached_teacher(
     epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs}) if args.teacher_cache_epochs else epochs
     complete = folder.covers(epochs, lambda epoch: epoch_rows(sampler, by_position, epoch))
     members = read_members(folder.path)
-    knows_validation = validation is None or bool(folder.load_validation(validation, len(eval_loader.dataset)))
+    knows_validation = validation is None or bool(
+        folder.load_validation(validation, num_predictions(eval_loader, args.tta)))
     if all(process.gather(complete and knows_validation and members is not None)):
         _logger.info(f'Teacher cache {folder.path}: all rows are there, the teacher is not needed.')
         return cached(None, [SimpleNamespace(**member) for member in members])
@@ -251,7 +252,12 @@ def _member_key(folder: str, number: int, spec: str) -> Key:
         return stored[number] if number < len(stored) else {}
 
 
-def _validation_key(args: argparse.Namespace, data_config: DataConfig, eval_loader: DataLoader) -> str:
+def _validation_key(
+        args: argparse.Namespace,
+        data_config: DataConfig,
+        eval_loader: DataLoader,
+        world_size: int,
+) -> str:
     """Collect what the teacher's validation depends on beside the teacher, as JSON."""
     return json.dumps({
         'dataset': fingerprint_dataset(eval_loader.dataset),
@@ -259,6 +265,8 @@ def _validation_key(args: argparse.Namespace, data_config: DataConfig, eval_load
         'crop_mode': data_config['crop_mode'],
         'mode': image_mode(args, data_config['input_size'][0]),
         'prefetcher': not args.no_prefetcher,
+        # Which rows are averaged depends on how the images are dealt out to the ranks.
+        **({'tta': args.tta, 'world_size': world_size} if args.tta > 1 else {}),
     })
 
 

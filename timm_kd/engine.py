@@ -2,17 +2,17 @@
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationEvaluator, TrainingTask
+from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
 from timm.utils import AverageMeter, dispatch_clip_grad
 from torch import nn
 
-from .meters import Predictions, StepTotals, create_evaluator
+from .meters import StepTotals, TeacherEvaluator
 
 _logger = logging.getLogger(__name__)
 
@@ -211,26 +211,26 @@ def _backward(
 def validate(
         model: nn.Module,
         loader: torch.utils.data.DataLoader,
-        evaluator: ClassificationEvaluator,
+        evaluator: ClassificationEvaluator | TeacherEvaluator,
         settings: StepSettings,
         *,
         tta: int = 0,
         distributed: bool = False,
         on_batch: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda batch_idx, output, target: None,
-) -> OrderedDict[str, float]:
-    """Evaluates a model on a loader with timm's evaluator.
+) -> OrderedDict[str, float] | list[OrderedDict[str, float]]:
+    """Evaluate a model on a loader: the student, its EMA or a teacher.
 
     Args:
-        model: Maps images to logits `[B, C]`.
+        model: Maps images to logits `[B, ...]`, such as the evaluator takes.
         loader: Validation loader.
-        evaluator: What accumulates the metrics.
+        evaluator: What accumulates the metrics: timm's, or one of `meters`.
         settings: How batches are handled.
         tta: Copies of each sample that stand side by side in a batch, whose logits are averaged.
         distributed: Sum the counts over all ranks.
         on_batch: Called with the index, the logits and the target of each batch.
 
     Returns:
-        `loss`, `top1` and `top5`, the latter two in percent.
+        What the evaluator computes; timm's gives `loss`, `top1` and `top5`, the latter two in percent.
     """
     model.eval()
     for batch_idx, (input, target) in enumerate(loader):
@@ -240,44 +240,50 @@ def validate(
         if isinstance(output, (tuple, list)):
             output = output[0]
         if tta > 1:
-            output, target = output.unfold(0, tta, tta).mean(dim=2), target[0:target.size(0):tta]
+            output, target = output.unfold(0, tta, tta).mean(dim=-1), target[0:target.size(0):tta]
         evaluator.update(output, target)
         on_batch(batch_idx, output, target)
     return evaluator.compute(distributed=distributed)
 
 
-@torch.no_grad()
+class _SideBySide(nn.Module):
+    """Maps images to the logits of all members of a teacher, `[B, members, C]`."""
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.image_size = tuple(images.shape[-2:])
+        return torch.stack([member(images) for member in self.members], dim=1)
+
+
 def evaluate_teacher(
-        task: TrainingTask,
+        members: Sequence[nn.Module],
         loader: torch.utils.data.DataLoader,
         settings: StepSettings,
+        *,
+        tta: int = 0,
         distributed: bool = False,
 ) -> tuple[list[OrderedDict[str, float]], torch.Tensor]:
-    """Evaluates the task's teacher, each member of several, in one pass.
+    """Evaluate the members of a teacher in one pass.
 
     Args:
-        task: A `KDTask` with a teacher.
+        members: The single teachers.
         loader: Validation loader.
         settings: How batches are handled.
+        tta: As for the student, so that both predict for the same rows.
         distributed: Sum the counts over all ranks.
 
     Returns:
-        Metrics of each member, and the classes `[N]` that the teacher predicts, in the order of the loader.
+        Metrics of each member, and the classes `[N]` that they predict together, in the order of the loader.
     """
-    teacher = task.teacher
-    evaluators = [create_evaluator(task, loader) for _ in teacher.members]
-    predictions = Predictions()
-    for batch_idx, (input, target) in enumerate(loader):
-        input, target = settings.place(input, target)
-        with settings.autocast():
-            answers = [member(input) for member in teacher.members]
-        for evaluator, logits in zip(evaluators, answers, strict=True):
-            evaluator.update(logits, target)
-        predictions.add(batch_idx, answers[0] if len(answers) == 1 else teacher.combine(answers))
-    metrics = [evaluator.compute(distributed=distributed) for evaluator in evaluators]
-    for member, result in zip(teacher.members, metrics, strict=True):
-        _report_teacher(member, result, tuple(input.shape[-2:]))
-    return metrics, predictions.tensor()
+    evaluator = TeacherEvaluator(len(members), settings.device, max_samples=evaluation_sample_limit(loader))
+    teacher = _SideBySide(members)
+    metrics = validate(teacher, loader, evaluator, settings, tta=tta, distributed=distributed)
+    for member, result in zip(members, metrics, strict=True):
+        _report_teacher(member, result, teacher.image_size)
+    return metrics, evaluator.predictions()
 
 
 def _report_teacher(teacher: nn.Module, metrics: OrderedDict[str, float], image_size: tuple[int, int]) -> None:

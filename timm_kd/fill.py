@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from timm.task import ClassificationTask
 from timm.utils import random_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -155,7 +154,7 @@ def _fill(run: TeacherRun, epochs: Sequence[int]) -> None:
     if args.torchcompile:
         run.teacher.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if run.teacher.validation_key is not None:
-        run.teacher.validation(run.eval_loader, run.process.gather, lambda: _evaluate(run))
+        run.teacher.validation(run.eval_loader, run.process.gather, lambda: _evaluate(run), tta=run.args.tta)
     if args.teacher_cache_epochs:
         epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs})
     starts = {epoch: _first_absent(run, epoch) for epoch in epochs}
@@ -195,11 +194,10 @@ def _first_absent(run: TeacherRun, epoch: int) -> int:
 
 
 def _evaluate(run: TeacherRun) -> tuple[list[dict[str, float]], torch.Tensor]:
-    # The evaluator of any classification task counts the same; its model is not asked.
-    task = ClassificationTask(torch.nn.Identity(), device=run.steps.device, verbose=False)
-    task.teacher = run.teacher
     with preserved_random_state():
-        return evaluate_teacher(task, run.eval_loader, run.steps, run.process.distributed)
+        return evaluate_teacher(
+            run.teacher.members, run.eval_loader, run.steps, tta=run.args.tta, distributed=run.process.distributed,
+        )
 
 
 def verify(folder: str | Path, further: list[str], batches_per_epoch: int = 2) -> bool:

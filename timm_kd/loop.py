@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.task import TrainingTask
+from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, distribute_bn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .data import TrainData
 from .engine import Progress, StepSettings, train_one_epoch, validate
 from .logs import RunLog
-from .meters import Agreement, NonFiniteLoss, SkippedSteps, StepTotals, create_evaluator
+from .meters import AgreementEvaluator, NonFiniteLoss, SkippedSteps, StepTotals
 from .process import AgreedStop, Process, print_out
 from .run.checkpoint import AtomicSaver
 from .run.record import Summary
@@ -277,22 +277,21 @@ class Loop:
         return metrics
 
     def _validate_model(self, epoch: int, model: torch.nn.Module, name: str) -> dict[str, float]:
-        evaluator = create_evaluator(self.task, self.eval_loader)
+        limit = evaluation_sample_limit(self.eval_loader)
+        if self.teacher_predictions is None:
+            evaluator = self.task.create_evaluator(max_samples=limit)
+        else:
+            evaluator = AgreementEvaluator(self.teacher_predictions, self.steps.device, max_samples=limit)
         report = self.log.validation(evaluator, len(self.eval_loader) - 1, name)
         # A stream may have more batches for one rank than for another, so that they could not agree.
         can_stop = not (self.process.distributed and isinstance(self.eval_loader.dataset, IterableDataset))
-        agreement = None
-        if self.teacher_predictions is not None:
-            agreement = Agreement(self.teacher_predictions, self.eval_loader)
 
         def on_batch(batch_idx: int, output: torch.Tensor, target: torch.Tensor) -> None:
             report(batch_idx, output, target)
-            if agreement is not None:
-                agreement.add(batch_idx, output)
             if can_stop and self.stop.check():
                 self._save_recovery(epoch, len(self.data.loader), self._trained)
 
-        metrics = validate(
+        return validate(
             model,
             self.eval_loader,
             evaluator,
@@ -301,9 +300,6 @@ class Loop:
             distributed=self.process.distributed,
             on_batch=on_batch,
         )
-        if agreement is not None:
-            metrics['agreement'] = agreement.percent(self.process.distributed)
-        return metrics
 
 
 def print_results(history: list[dict[str, Any]], best_epoch: int | None, **further: Any) -> None:

@@ -1,12 +1,14 @@
 """What is counted during an epoch, on the device and without waiting for it."""
+from collections import OrderedDict
 from functools import wraps
 from typing import Any
 
 import torch
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.task import ClassificationEvaluator
 from timm.utils import reduce_tensor
 
 from .errors import CommandError, ExitCode
+from .teacher import TeacherEnsemble
 
 
 class NonFiniteLoss(CommandError, ArithmeticError):
@@ -151,50 +153,67 @@ class SkippedSteps:
         return int(self._most_in_a_row)
 
 
-class Predictions:
-    """The classes that a model predicts for a validation set, in the loader's order, on the device."""
-
-    def __init__(self) -> None:
-        self._batches: list[torch.Tensor] = []
-
-    def add(self, batch_idx: int, output: torch.Tensor) -> None:
-        """Keeps the arg-max of a batch of logits `[B, C]`."""
-        self._batches.append(output.argmax(dim=-1))
-
-    def tensor(self) -> torch.Tensor:
-        """Returns all predictions, `[N]` int64."""
-        return torch.cat(self._batches)
-
-
-class Agreement:
-    """Counts how often a model predicts what the teacher predicted.
+class AgreementEvaluator(ClassificationEvaluator):
+    """timm's evaluator, which also tells how often a model predicts what the teacher predicted.
 
     Args:
-        teacher_predictions: `[N]` classes, in the order of the loader that the model is evaluated on.
-        loader: That loader; the padding of a distributed sampler is not counted.
+        expected: The classes that the teacher predicted, `[N]`, for the rows that this evaluator will see, in order.
+        device: Device of the running totals.
+        max_samples: Rows to count; those after it are the padding of a distributed sampler.
     """
 
-    def __init__(self, teacher_predictions: torch.Tensor, loader: torch.utils.data.DataLoader):
-        limit = evaluation_sample_limit(loader)
-        self.expected = teacher_predictions if limit is None else teacher_predictions[:limit]
-        self.seen = 0
-        self.agreed = torch.zeros((), dtype=torch.int64, device=teacher_predictions.device)
+    def __init__(self, expected: torch.Tensor, device: torch.device, *, max_samples: int | None = None):
+        super().__init__(device, max_samples=max_samples)
+        self.expected = expected
 
-    def add(self, batch_idx: int, output: torch.Tensor) -> None:
-        """Compares a batch of logits `[B, C]`."""
-        expected = self.expected[self.seen:self.seen + len(output)]
-        self.agreed += (output.argmax(dim=-1)[:len(expected)] == expected).sum()
-        self.seen += len(output)
+    def reset(self) -> None:
+        """Forget what was counted."""
+        super().reset()
+        self.agreed = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def percent(self, distributed: bool = False) -> float:
-        """Returns the share of agreeing samples over all ranks, in percent."""
-        counts = torch.stack([self.agreed, torch.tensor(len(self.expected), device=self.agreed.device)])
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Count a batch of logits `[B, C]` and classes `[B]`."""
+        first = self.num_samples
+        super().update(output, target)
+        expected = self.expected[first:self.num_samples]
+        self.agreed += (output[:len(expected)].argmax(dim=-1) == expected).sum()
+
+    def compute(self, distributed: bool = False) -> OrderedDict[str, float]:
+        """Return timm's metrics and `agreement`, in percent, over all ranks."""
+        metrics = super().compute(distributed=distributed)
+        counts = torch.stack([self.agreed, self.counts[0]])
         if distributed:
             torch.distributed.all_reduce(counts)
-        agreed, total = counts.tolist()
-        return 100 * agreed / max(total, 1)
+        agreed, count = counts.tolist()
+        metrics['agreement'] = 100 * agreed / max(count, 1)
+        return metrics
 
 
-def create_evaluator(task, loader: torch.utils.data.DataLoader) -> ClassificationEvaluator:
-    """Returns the task's evaluator for a loader, padding of a distributed sampler excluded."""
-    return task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+class TeacherEvaluator:
+    """Evaluates the members of a teacher side by side, and keeps the classes that they predict together.
+
+    Args:
+        num_members: How many members there are.
+        device: Device of the running totals.
+        max_samples: Rows to count; those after it are the padding of a distributed sampler.
+    """
+
+    def __init__(self, num_members: int, device: torch.device, *, max_samples: int | None = None):
+        self._members = [ClassificationEvaluator(device, max_samples=max_samples) for _ in range(num_members)]
+        self._predictions: list[torch.Tensor] = []
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Count a batch: logits of all members `[B, members, C]` and classes `[B]`."""
+        logits = output.unbind(dim=1)
+        for evaluator, each in zip(self._members, logits, strict=True):
+            evaluator.update(each, target)
+        together = logits[0] if len(logits) == 1 else TeacherEnsemble.combine(logits)
+        self._predictions.append(together.argmax(dim=-1))
+
+    def compute(self, distributed: bool = False) -> list[OrderedDict[str, float]]:
+        """Return timm's metrics of each member, over all ranks."""
+        return [evaluator.compute(distributed=distributed) for evaluator in self._members]
+
+    def predictions(self) -> torch.Tensor:
+        """Return the predicted classes, `[N]` int64, in the order of this rank's rows."""
+        return torch.cat(self._predictions)

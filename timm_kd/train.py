@@ -258,11 +258,13 @@ def _evaluate_teacher(
         with preserved_random_state():
             options = eval_loader_kwargs(args, data_config, loop.process, loop.steps.dtype)
             loader = create_eval_loader(loop.eval_loader.dataset, **options, persistent_workers=False)
-            return evaluate_teacher(loop.task, loader, loop.steps, loop.process.distributed)
+            return evaluate_teacher(
+                loop.task.teacher.members, loader, loop.steps, tta=args.tta, distributed=loop.process.distributed,
+            )
 
     if not args.teacher_cache:
         return evaluate()
-    return loop.task.teacher.validation(loop.eval_loader, loop.process.gather, evaluate)
+    return loop.task.teacher.validation(loop.eval_loader, loop.process.gather, evaluate, tta=args.tta)
 
 
 def _create_log(args: argparse.Namespace, output_dir: str | None, world_size: int) -> RunLog:

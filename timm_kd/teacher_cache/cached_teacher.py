@@ -181,15 +181,12 @@ class CachedTeacher(nn.Module):
             self._copies.drop()
         self.close()
 
-    def combine(self, answers: list[torch.Tensor]) -> torch.Tensor:
-        """Combine the answers of the live teacher's members."""
-        return self.teacher.combine(answers)
-
     def validation(
             self,
             loader: DataLoader,
             gather: Callable[[Any], list[Any]],
             evaluate: Callable[[], tuple[list[dict[str, float]], torch.Tensor]],
+            tta: int = 0,
     ) -> tuple[list[dict[str, float]], torch.Tensor]:
         """Recall the teacher's validation, or have it made and store it.
 
@@ -198,12 +195,13 @@ class CachedTeacher(nn.Module):
                 world-size-th sample.
             gather: Returns the values that all ranks give, in the order of the ranks.
             evaluate: Evaluates the live teacher: metrics of each member, and its classes `[N]` in that order.
+            tta: Rows side by side on a rank for which one class is predicted; 0: one for each row.
 
         Returns:
             The same, from the cache where it is there.
         """
         rank, world_size = getattr(loader.sampler, 'rank', 0), getattr(loader.sampler, 'num_replicas', 1)
-        count = len(loader.dataset)
+        count = num_predictions(loader, tta)
         stored = self.folder.load_validation(self.validation_key, count)
         if all(gather(bool(stored))):  # a rank alone would wait for the others' evaluation in vain
             # Ranks are padded with the first samples to equal numbers.
@@ -276,6 +274,12 @@ class HostCopies:
     def drop(self) -> None:
         """Forget what is on its way."""
         self._pending.clear()
+
+
+def num_predictions(loader: DataLoader, tta: int = 0) -> int:
+    """Return how many predictions all ranks make for a validation set; under `tta`, with those for padded rows."""
+    count, world_size = len(loader.dataset), getattr(loader.sampler, 'num_replicas', 1)
+    return -(-count // world_size) // tta * world_size if tta > 1 else count
 
 
 def epoch_rows(batch_sampler: ReplayBatchSampler, by_position: bool, epoch: int) -> np.ndarray:
