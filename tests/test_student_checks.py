@@ -6,7 +6,7 @@ import torch
 from timm_kd.cli import parse_args
 from timm_kd.errors import UsageError
 from timm_kd.process import Process
-from timm_kd.student import create_student
+from timm_kd.setup import create_student
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def create(tmp_path):
     def build(*flags: str) -> torch.nn.Module:
         args, _ = parse_args([str(tmp_path), '--num-classes', '10', '--img-size', '32', '--device', 'cpu', *flags])
         torch.manual_seed(0)
-        return create_student(args, Process(torch.device('cpu')), None)[0]
+        return create_student(args, Process(torch.device('cpu')), None).model
     return build
 
 
@@ -88,9 +88,12 @@ def test_pretrained_file_saved_from_this_very_seed_is_taken(create, tmp_path):
     create('--model', 'test_resnet', '--pretrained', '--pretrained-path', str(tmp_path / 'weights.pth'))
 
 
-def test_pretrained_file_of_other_names_is_refused_with_some_of_both(create, weights):
+@pytest.mark.parametrize('level', ['INFO', 'ERROR'])
+def test_pretrained_file_of_other_names_is_refused_with_some_of_both(level, create, weights, caplog):
+    caplog.set_level(level)  # other ranks than the first log errors alone
     path, _ = weights(lambda state: {f'encoder.{key}': value for key, value in state.items()})
     with pytest.raises(UsageError) as refused:
         create('--model', 'test_resnet', '--pretrained', '--pretrained-path', path)
     for words in (f'--pretrained-path {path}', '--model test_resnet', 'lacks conv1.0.weight', 'holds encoder.conv1.0'):
         assert words in str(refused.value)
+    assert any(record.name == 'timm.models._builder' for record in caplog.records) == (level == 'INFO')

@@ -27,8 +27,7 @@ from .engine import StepSettings, evaluate_teacher
 from .errors import UsageError, shortened
 from .files import open_regular
 from .process import Process, preserved_random_state, setup_process
-from .setup import create_data
-from .student import create_student
+from .setup import create_data, create_student, settled
 from .teacher_cache import CachedTeacher
 from .teacher_cache.cached_teacher import epoch_rows
 from .teacher_cache.folder import ARGS_FILE, epoch_files, read_precision, read_rows
@@ -114,7 +113,9 @@ def open_run(
     dtype = model_dtype(args)
     random_seed(args.seed, process.rank)
     # The student tells what its images are like, and is let go.
-    _, data_config = create_student(args, replace(process, device=torch.device('cpu')), None)
+    student = create_student(args, replace(process, device=torch.device('cpu')), None)
+    args, data_config = settled(args, student, process), student.data_config
+    del student
     data, eval_loader = create_data(args, data_config, process, dtype)
     scheduled = range(count_epochs(args, len(data.loader)))
     epochs = scheduled if epochs is None else epochs

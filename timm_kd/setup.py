@@ -1,14 +1,199 @@
 """args -> objects: what the flags amount to in the terms of timm's factories and ours."""
 import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from PIL import ImageMode
+from safetensors import SafetensorError
+from timm.data.model_config import resolve_input_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import create_model, load_checkpoint, resolve_model_input_args
+from timm.utils import set_jit_fuser
+from torch import nn
 from torch.utils.data import DataLoader
 
+from .cli import resolve_kd
+from .cli.messages import as_given
 from .data import DataConfig, TrainData, create_datasets, create_eval_loader, create_train_data
-from .errors import UsageError
+from .errors import UsageError, explain, shortened
+from .files import load_file
 from .process import Process
+from .student import check_forward, check_pretrained, missing_keys
+from .teacher.spec import nearest_model
+
+_logger = logging.getLogger(__name__)
+
+# What timm, torch, safetensors and the Hub client raise for a model or a file of weights that cannot be had.
+_BUILD_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, OSError, EOFError,
+    SafetensorError,
+)
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model to train and what it decides for the run.
+
+    Args:
+        model: The model, on its device.
+        data_config: timm's data config of its images: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`,
+            `crop_mode`.
+        num_classes: `--num-classes`, or the model's own where the flag leaves it to the model.
+    """
+    model: nn.Module
+    data_config: DataConfig
+    num_classes: int
+
+
+def create_student(
+        args: argparse.Namespace,
+        process: Process,
+        dtype: torch.dtype | None,
+) -> Student:
+    """Create the student as timm's script does, checked on images like those of the run.
+
+    Raises:
+        UsageError: If timm cannot build the model that the flags describe, or it cannot take the images.
+    """
+    if args.fuser:
+        set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    try:
+        model = _create_model(args)
+        _scale_head(model, args.head_init_scale, args.head_init_bias)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+        if process.primary:
+            _logger.info(f'Model {args.model} created, param count:{sum(p.numel() for p in model.parameters())}')
+        data_config = resolve_input_data_config(model, vars(args), verbose=process.primary)
+    except UsageError:
+        raise
+    except _BUILD_ERRORS as error:
+        raise UsageError(_why_not_built(args, error)) from error
+    num_classes = model.num_classes if args.num_classes is None else args.num_classes
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=process.device, dtype=dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if hasattr(model, 'dist_token') and resolve_kd(args) is not None:
+        # timm averages the two heads as long as nobody calls `set_distilled_training`, but the second is there to learn
+        # from the teacher alone, which no loss here does.
+        raise UsageError(
+            f'--model {args.model} has a distillation token, whose head gives a second set of logits in training, and '
+            'the distillation losses are defined on one: take a model without it (deit_tiny_patch16_224, say).'
+        )
+    _check_forward(args, model, data_config['input_size'], num_classes)
+    if process.distributed and args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        model = torch.jit.script(model)
+    return Student(model, data_config, num_classes)
+
+
+def settled(args: argparse.Namespace, student: Student, process: Process) -> argparse.Namespace:
+    """Return the flags with what the student decides, as timm's script stores them in checkpoints."""
+    decided = dict(num_classes=student.num_classes)
+    if process.distributed and args.sync_bn:
+        decided['dist_bn'] = ''  # synchronised statistics need no further distribution
+    return argparse.Namespace(**{**vars(args), **decided})
+
+
+def _create_model(args: argparse.Namespace) -> nn.Module:
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
+    factory_args = resolve_model_input_args(
+        args.model,
+        vars(args),
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        pretrained_cfg_overlay=overlay,
+        **args.model_kwargs,
+    )
+    with missing_keys() as missing:
+        model = create_model(
+            pretrained=args.pretrained,
+            pretrained_cfg_overlay=overlay,
+            scriptable=args.torchscript or None,
+            **factory_args,
+        )
+    if args.pretrained_path:
+        check_pretrained(model, missing, args.pretrained_path, args.model)
+    if args.initial_checkpoint:
+        try:
+            load_checkpoint(model, args.initial_checkpoint)
+        except _BUILD_ERRORS as error:
+            _check_readable(args.initial_checkpoint, '--initial-checkpoint')
+            other_head = '--pretrained --pretrained-path takes all but the head of a file; '
+            raise UsageError(
+                f'--initial-checkpoint {args.initial_checkpoint} does not fit --model {args.model}: '
+                f'{other_head if "size mismatch" in str(error) else ""}{shortened(error)}'
+            ) from error
+    return model
+
+
+def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    if scale is None and bias is None:
+        return
+    head = model.get_classifier()
+    with torch.no_grad():
+        if scale is not None:
+            head.weight.mul_(scale)
+            head.bias.mul_(scale)
+        if bias is not None:
+            nn.init.constant_(head.bias, bias)
+
+
+def _check_forward(
+        args: argparse.Namespace,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        num_classes: int,
+) -> None:
+    """Show the student a batch of blank images for each size that is validated or trained on."""
+    splits = max(args.aug_splits, 2) if args.split_bn else 1
+    # Two images do for batch norm, if the batches of the run are as large; each split has its own.
+    smallest = min(2, args.batch_size, *args.train_batch_sizes or ())
+    channels, *size = input_size
+    training_sizes = [[side, side] for side in args.train_img_sizes or ()] or [size]
+    batches = [(False, (2 * splits, channels, *size))]
+    batches += [(True, (smallest * splits, channels, *sides)) for sides in training_sizes]
+    suspects = [
+        as_given(dest, getattr(args, dest))
+        for dest in ('input_size', 'img_size', 'train_img_sizes', 'in_chans', 'gp', 'model_kwargs')
+        if getattr(args, dest) not in (None, {})
+    ]
+    suspects += ['--batch-size 1'] if smallest == 1 else []
+    check_forward(model, args.model, batches, num_classes, remedy=' or '.join(suspects or ['--img-size']))
+
+
+def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
+    """Tell the user what an error of timm, torch, safetensors or the Hub client means."""
+    if str(error).startswith('Unknown model'):
+        return f'--model {args.model} is no model of timm {timm.__version__}{nearest_model(args.model)}.'
+    if args.pretrained_path:
+        _check_readable(args.pretrained_path, '--pretrained-path')
+    elif isinstance(error, OSError) and not args.model.startswith('local-dir:'):
+        return f'--model {args.model}{" --pretrained" if args.pretrained else ""}: {explain(error, args.model)}'
+    source = f' --pretrained-path {args.pretrained_path}' if args.pretrained_path else ''
+    return f'--model {args.model}{source}: {shortened(error)}'
+
+
+def _check_readable(path: str, flag: str) -> None:
+    if Path(path).suffix in ('.npz', '.npy'):  # timm reads those by itself, without pickles
+        return
+    content = load_file(path, flag)
+    if not isinstance(content, dict):
+        raise UsageError(f'{flag} {path} holds a {type(content).__name__}, not a checkpoint or a state dict.')
 
 
 def create_data(

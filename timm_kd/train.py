@@ -38,8 +38,7 @@ from .process import ending, preserved_random_state, setup_process
 from .run.checkpoint import AtomicSaver
 from .run.record import RunRecord, Summary
 from .run.resume import find_start, resume
-from .setup import create_data, eval_loader_kwargs
-from .student import create_student
+from .setup import create_data, create_student, eval_loader_kwargs, settled
 
 _logger = logging.getLogger('train')
 
@@ -73,11 +72,12 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     dtype = model_dtype(args)
     random_seed(args.seed, process.rank)
 
-    student, data_config = create_student(args, process, dtype)
+    student = create_student(args, process, dtype)
+    args, data_config = settled(args, student, process), student.data_config
     kd = resolve_kd(args)
     data, eval_loader = create_data(args, data_config, process, dtype)
     _check_tta(args, eval_loader, process.world_size)
-    optimizer = create_optimizer(args, student, data.reference_batch_size, process.world_size)
+    optimizer = create_optimizer(args, student.model, data.reference_batch_size, process.world_size)
     loss_scaler = create_loss_scaler(args, device)
     output_dir = _output_dir(args, data_config) if primary else None
     if primary and os.path.isdir(output_dir):
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         teacher = open_cached_teacher(args, args_text, kd, data_config, data, eval_loader, process, dtype, epochs)
     else:
         teacher = create_run_teacher(args, kd, data_config, process)
-    task = create_task(args, kd, student, teacher, optimizer, data.mixup_active, process, dtype)
+    task = create_task(args, kd, student.model, teacher, optimizer, data.mixup_active, process, dtype)
     if args.model_ema:
         task.setup_ema(
             decay=args.model_ema_decay,
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         start.run_id,
         argv,
         args.model,
-        student,
+        student.model,
         _pretrained_source(args),
         data_config,
         class_names(data.dataset),
