@@ -101,8 +101,8 @@ def check_forward(
             ) from error
         if not isinstance(output, torch.Tensor):
             raise UsageError(
-                f'--model {name} returns a {type(output).__name__} of {len(output)} outputs in training, and the losses '
-                'are defined on one set of logits: take a model, or --model-kwargs, without it.'
+                f'--model {name} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
+                'losses are defined on one set of logits: take a model, or --model-kwargs, without it.'
             )
         if output.shape != (len(images), num_classes):
             raise UsageError(
