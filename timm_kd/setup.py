@@ -191,7 +191,7 @@ def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
 def _check_readable(path: str, flag: str) -> None:
     if Path(path).suffix in ('.npz', '.npy'):  # timm reads those by itself, without pickles
         return
-    content = load_file(path, flag)
+    content = load_file(path, f'{flag} {path}')
     if not isinstance(content, dict):
         raise UsageError(f'{flag} {path} holds a {type(content).__name__}, not a checkpoint or a state dict.')
 
