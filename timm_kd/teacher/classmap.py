@@ -21,7 +21,7 @@ _MISSING = -1
 
 
 class ClassMap(nn.Module):
-    """Picks, for each class of the student, the teacher's logit of that class.
+    """Pick, for each class of the student, the teacher's logit of that class.
 
     A softmax over the picked logits is the teacher's distribution given that the class is one of the student's.
 
