@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from timm_kd.errors import UsageError
 from timm_kd.replay import BatchKey, ReplayMixup, make_replayable
 from timm_kd.replay.batches import ShuffledSampler
-from timm_kd.replay.draws import ERASING, derive_seed, seed_generators, seeds_under
-from timm_kd.replay.transforms import ReplayErasing
+from timm_kd.replay.draws import derive_seed, seed_generators, seeds_under
+from timm_kd.replay.transforms import ReplayCollateMixup, ReplayDataset, ReplayErasing, Samples
 
 NUM_CLASSES, PER_CLASS, SIZE = 4, 9, 16
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
@@ -249,9 +249,48 @@ def test_erasing_draws_what_timms_does_under_the_seed_of_each_row(image_folder, 
     images = torch.randn(8 * max(splits, 1), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     erased, expected = ReplayErasing(erasing, sampler)(images.clone()), images.clone()
     for row in range(8 if splits else 0, len(images)):
-        seed_generators(derive_seed(1, ERASING, 3, (8 + row % 8) * 2 + 1, row // 8))
+        seed_generators(derive_seed(1, 3, 3, (8 + row % 8) * 2 + 1, row // 8))
         erasing(expected[row])
     assert torch.equal(erased, expected) and not torch.equal(erased, images)
+
+
+class Drawing:
+    """A data set whose samples are what the three streams give."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        return random.random(), np.random.random(), torch.rand(()).item()
+
+
+@pytest.mark.parametrize('repeats', [1, 3])
+def test_a_sample_is_drawn_under_the_seed_of_its_epoch_index_and_repeat(repeats):
+    key = BatchKey(epoch=4, first=6, stride=2, samples=[7, (9, 1), 7], mixup_enabled=False)
+    drawn = ReplayDataset(Drawing(), seed=42, num_repeats=repeats).__getitems__(key)
+    for row, (index, sample) in enumerate(zip([7, 9, 7], drawn, strict=True)):
+        seed_generators(derive_seed(42, 1, 4, index, (6 + 2 * row) % repeats))
+        assert sample == Drawing()[index]
+
+
+def test_mixup_draws_what_timms_does_under_the_seed_of_the_batch(image_folder):
+    loader = build(image_folder, use_prefetcher=False)
+    loader.batch_sampler.set_epoch(3)
+    mixup = mixup_of('elem', Mixup)
+    for number, (images, target) in enumerate(loader):
+        mixed = ReplayMixup(mixup, loader.batch_sampler)(images.clone(), target)
+        seed_generators(derive_seed(1, 2, 3, 8 * number))
+        assert same([mixed], [mixup(images, target)])
+
+
+@pytest.mark.parametrize('epoch, first', [(3, 0), (3, 16), (4, 16)])
+def test_mixing_in_the_collation_draws_what_timms_does_under_the_seed_of_the_batch(epoch, first):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, SIZE, SIZE), dtype=np.uint8)
+    batch = Samples(zip(pixels, [0, 1, 2, 3] * 2, strict=True))
+    batch.key = BatchKey(epoch, first, stride=1, samples=list(range(8)), mixup_enabled=True)
+    mixed = ReplayCollateMixup(mixup_of('elem'), seed=1)(batch)
+    seed_generators(derive_seed(1, 2, epoch, first))
+    assert same([mixed], [mixup_of('elem')(list(batch))])
 
 
 def test_seeds_are_the_same_on_every_machine_and_in_every_version():
