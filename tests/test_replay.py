@@ -215,6 +215,21 @@ def test_mixup_turned_off_between_epochs_stops_in_living_workers(image_folder, w
     assert all((y.amax(1) == 1).all() for _, y in plain)
 
 
+def test_a_resolution_schedule_goes_through_the_sizes_that_timm_plans(image_folder):
+    settings = dict(input_size_choices=[16, 24], batch_size_choices=[8, 4])
+    timms = create_loader(
+        create_dataset('', root=str(image_folder), split='train'), (3, SIZE, SIZE), 8, is_training=True, num_workers=0,
+        device=torch.device('cpu'), **settings,
+    )
+    replayed = build(image_folder, **settings)
+    planned = []
+    for epoch in range(3):
+        timms.batch_sampler.set_epoch(epoch)
+        planned.append([images.shape for images, _ in timms])
+        assert [images.shape for images, _ in read(replayed, epoch)] == planned[-1]
+    assert planned[0] != planned[1] or planned[1] != planned[2]
+
+
 def test_rows_name_the_samples_of_a_batch_before_it_is_loaded(image_folder):
     loader = build(image_folder, world_size=2, rank=1, batch_size=4)
     loader.batch_sampler.set_epoch(2)

@@ -22,7 +22,7 @@ from timm_kd.errors import UsageError
 from timm_kd.replay import make_replayable
 from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
-from timm_kd.teacher_cache.epoch_file import EpochFile, epoch_file_size
+from timm_kd.teacher_cache.epoch_file import DiskFull, EpochFile, epoch_file_size
 from timm_kd.teacher_cache.folder import read_rows
 from timm_kd.teacher_cache.key import fingerprint_dataset, fingerprint_teacher
 
@@ -536,11 +536,11 @@ def loader_of(root, workers=0, batch_size=8, mixup=None, world_size=1, rank=0, n
     return make_replayable(loader, seed=1, num_epochs=num_epochs)
 
 
-def cached(path, loader, teacher=None, by_position=False, dtype='float32', topk=None):
+def cached(path, loader, teacher=None, by_position=False, dtype='float32', topk=None, **kwargs):
     layout = RowLayout(NUM_CLASSES, dtype, topk)
     cache = CacheFolder(path, KEY, NUM_SAMPLES, layout.row_bytes)
     counting = None if teacher is None else Counting(teacher)
-    return CachedTeacher(cache, layout, loader.batch_sampler, by_position, torch.device('cpu'), counting)
+    return CachedTeacher(cache, layout, loader.batch_sampler, by_position, torch.device('cpu'), counting, **kwargs)
 
 
 class Counting(torch.nn.Module):
@@ -698,3 +698,17 @@ def test_a_run_whose_disk_fills_up_goes_on_with_the_live_teacher(tmp_path, image
     assert np.flatnonzero(file.has(np.arange(NUM_SAMPLES))).tolist() == list(range(16))  # two of five batches
     assert len(file.damaged()) == 0
     assert not (tmp_path / 'epoch-0001.logits').exists()
+
+
+def test_a_fill_whose_disk_fills_up_ends(tmp_path, image_folder, teacher):
+    resource = pytest.importorskip('resource')
+    loader = loader_of(image_folder)
+    source = cached(tmp_path, loader, teacher, by_position=True, must_store=True)
+    source.folder.open_epoch(0).close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 20 * 4 * NUM_CLASSES, limits[1]))
+    try:
+        with pytest.raises(DiskFull, match='the disk is full'):
+            epoch_logits(loader, source, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

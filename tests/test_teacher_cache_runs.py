@@ -15,7 +15,9 @@ import torch
 import yaml
 from helpers import free_port
 from safetensors.torch import load_file, save_file
+from torch.utils.data import BatchSampler
 
+from timm_kd.replay.batches import ReplayBatchSampler, ShuffledSampler
 from timm_kd.teacher_cache.__main__ import main as cache_main
 from timm_kd.teacher_cache.epoch_file import EpochFile
 from timm_kd.train import main
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 TRAIN, VALIDATION = 6, 4  # images of each class
 NUM_SAMPLES = 10 * TRAIN
 MIXED = '--mixup 0.4 --cutmix 1.0 --aa rand-m9-mstd0.5-inc1 --reprob 0.4'.split()
+MIXING_ENDS = ['--mixup', '0.4', '--mixup-off-epoch', '1']
 
 
 @pytest.fixture(scope='module')
@@ -104,7 +107,7 @@ def refused(capsys, run, *flags):
 @pytest.mark.parametrize('flags', [
     pytest.param(MIXED, id='mixed'),
     pytest.param([*MIXED, '--no-prefetcher', '--mixup-mode', 'elem'], id='mixed in the loop'),
-    pytest.param(['--mixup', '0.4', '--mixup-off-epoch', '1'], id='mixing ends'),
+    pytest.param(MIXING_ENDS, id='mixing ends'),
     pytest.param('--amp --amp-dtype bfloat16 --model-ema --grad-accum-steps 2'.split(), id='AMP, EMA, accumulation'),
 ])
 def test_filling_and_reading_give_the_live_runs_summary_to_the_bit(tmp_path, run, live, teacher, flags):
@@ -211,6 +214,50 @@ def test_changed_flags_and_images_are_refused_by_name(filled, home, images, run,
     assert f'dataset.count was {NUM_SAMPLES}, is now {NUM_SAMPLES - 1}' in message and 'dataset.files was' in message
 
 
+@pytest.mark.parametrize('flags, field', [
+    ('--mean 0.4 0.4 0.4', 'images.mean'),
+    ('--std 0.4 0.4 0.4', 'images.std'),
+    ('--img-size 40', 'images.input_size'),
+    ('--input-img-mode YCbCr', 'images.mode'),
+    ('--model-dtype bfloat16', 'images.dtype'),
+    ('--no-prefetcher', 'images.prefetcher'),
+    ('--color-jitter 0.2', 'images.color_jitter'),
+    ('--reprob 0.5 --remode pixel', 'erasing_device'),
+    ('--mixup 0.2', 'mixing.mixup'),
+    ('--teacher-img-size 64', 'teacher.img_size'),
+    ('--teacher-kwargs drop_rate=0.1', 'teacher.kwargs.drop_rate'),
+    ('--amp --amp-dtype bfloat16 --teacher-dtype amp', 'teacher.autocast'),
+    ('--teacher-class-map map.txt', 'teacher.class_map'),
+    ('--teacher-cache-topk 3', 'rows.topk'),
+    ('--teacher-cache-dtype float16', 'rows.dtype'),
+])
+def test_a_flag_that_changes_images_or_logits_is_refused(filled, run, tmp_path, monkeypatch, capsys, flags, field):
+    monkeypatch.chdir(tmp_path)
+    Path('map.txt').write_text('\n'.join(map(str, range(10))))
+    monkeypatch.setattr('timm_kd.teacher_cache.key._MAX_SHOWN', 100)
+    assert f'{field} was ' in refused(capsys, run, *cache(filled), *flags.split())
+
+
+@pytest.mark.parametrize('mixing', [['--mixup', '0.4'], ['--resplit', '--reprob', '0.5']], ids=' '.join)
+def test_rows_that_depend_on_their_batch_belong_to_its_size_and_mixing(tmp_path, home, images, run, capsys, mixing):
+    cache_main(['fill', '--epochs-range', '0', '1', *arguments(home, images, 'mixed', *cache(tmp_path), *mixing)])
+    others = {'--batch-size 8': 'batches.batch_size was 16'}
+    if '--mixup' in mixing:
+        others |= {'--mixup 0.5': 'mixing.mixup was 0.4', '--mixup-off-epoch 1': 'mixing.mixup_off_epoch was 0'}
+    for flags, message in others.items():
+        assert message in refused(capsys, run, *cache(tmp_path), *mixing, *flags.split())
+
+
+def test_epochs_without_mixing_cannot_come_round_as_mixed_ones(tmp_path, run, capsys):
+    flags = '--mixup 0.4 --mixup-off-epoch 1 --teacher-cache-epochs 1'.split()
+    assert '--teacher-cache-epochs 1: the epochs after' in refused(capsys, run, *cache(tmp_path / 'cache'), *flags)
+
+
+def test_a_cache_without_the_teachers_validation_has_it_made(tmp_path, run, live):
+    run(*cache(tmp_path), '--no-teacher-eval')
+    assert run(*cache(tmp_path)) == live()
+
+
 def test_another_teacher_is_refused_and_rebuild_fills_anew(filled, run, teacher, tmp_path, capsys):
     folder = shutil.copytree(filled, tmp_path / 'cache')
     old = (folder / 'epoch-0000.logits').read_bytes()
@@ -283,14 +330,25 @@ def test_a_stored_epoch_cut_short_is_refused(filled, run, tmp_path, capsys):
 def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, home, images, run, live, teacher, capsys):
     for epoch in (1, 0):  # as two machines would
         epochs = ['--epochs-range', str(epoch), str(epoch + 1)]
-        cache_main(['fill', *epochs, *arguments(home, images, 'ahead', *cache(tmp_path), *MIXED)])
-    expected = live(*MIXED)
+        cache_main(['fill', *epochs, *arguments(home, images, 'ahead', *cache(tmp_path), *MIXING_ENDS)])
+    expected = live(*MIXING_ENDS)
     shutil.rmtree(teacher)
-    assert run(*cache(tmp_path), *MIXED) == expected
+    assert run(*cache(tmp_path), *MIXING_ENDS) == expected
     capsys.readouterr()
     cache_main(['info', str(tmp_path)])
     shown = capsys.readouterr().out
     assert 'epoch-0001.logits  48 rows (100.0 %)' in shown and '48 an epoch, by position, 10 classes' in shown
+
+
+def test_a_fill_goes_on_at_the_first_row_that_is_absent(filled, home, images, tmp_path, caplog):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    file = EpochFile(folder / 'epoch-0000.logits', NUM_SAMPLES, 40, writable=True)
+    order = ReplayBatchSampler(BatchSampler(ShuffledSampler(range(NUM_SAMPLES), 1, 0), 16, True), seed=5).rows(0, 3)[0]
+    file.checksums[order[2 * 16 + 5:]] = 0
+    file.close()
+    cache_main(['fill', '--epochs-range', '0', '1', *arguments(home, images, 'on', *cache(folder))])
+    assert 'Teacher cache: 1 epochs, 16 images' in caplog.text
+    assert (folder / 'epoch-0000.logits').read_bytes() == (filled / 'epoch-0000.logits').read_bytes()
 
 
 def test_filling_more_epochs_than_the_flags_schedule_is_refused(tmp_path, home, images, capsys):
@@ -307,7 +365,7 @@ def test_verify_throws_nothing_away(tmp_path, home, images, capsys):
     before = (tmp_path / 'cache' / 'epoch-0000.logits').read_bytes()
     (changed / 'train' / '3' / '000.png').unlink()
     with pytest.raises(SystemExit) as stopped:
-        cache_main(['verify', str(tmp_path / 'cache')])
+        cache_main(['verify', str(tmp_path / 'cache'), '--teacher-cache-rebuild'])
     assert stopped.value.code == 2 and 'dataset.count was' in capsys.readouterr().err
     assert (tmp_path / 'cache' / 'epoch-0000.logits').read_bytes() == before
 
