@@ -130,12 +130,12 @@ def test_resuming_inside_an_epoch_continues_with_the_batches_left(image_folder, 
     assert same(read(resumed, epoch=3), whole)
 
 
-@pytest.mark.parametrize('world_size', [2, 4])
-def test_a_global_batch_holds_the_same_samples_and_pixels_for_any_world_size(image_folder, world_size):
+@pytest.mark.parametrize('world_size, batch_size', [(2, 8), (4, 8), (5, 10), (5, 20)])
+def test_a_global_batch_holds_the_same_samples_and_pixels_for_any_world_size(image_folder, world_size, batch_size):
     settings = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.6, re_mode='pixel')
-    whole = read(build(image_folder, batch_size=8, **settings), epoch=1)
+    whole = read(build(image_folder, batch_size=batch_size, **settings), epoch=1)
     ranks = [
-        read(build(image_folder, world_size=world_size, rank=rank, batch_size=8 // world_size, **settings), epoch=1)
+        read(build(image_folder, 0, 1, world_size, rank, batch_size // world_size, **settings), epoch=1)
         for rank in range(world_size)
     ]
     dealt = [
