@@ -232,6 +232,7 @@ def test_a_resolution_schedule_goes_through_the_sizes_that_timm_plans(image_fold
 
 def test_rows_name_the_samples_of_a_batch_before_it_is_loaded(image_folder):
     loader = build(image_folder, world_size=2, rank=1, batch_size=4)
+    loader.batch_sampler.rows(0)  # of another epoch
     loader.batch_sampler.set_epoch(2)
     rows = [loader.batch_sampler.rows(batch) for batch in range(len(loader))]
     for (_, target), (indices, _) in zip(loader, rows, strict=True):
