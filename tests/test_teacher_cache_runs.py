@@ -1,6 +1,7 @@
 """Runs of the script with --teacher-cache: what a run that reads learns is what the live run learned."""
 import csv
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -482,5 +483,6 @@ def test_a_damaged_file_is_refused_and_rebuild_clears_it(filled, run, tmp_path, 
     (folder / name).write_text('{"teacher": {')
     flags = [*cache(folder), '--epochs', '3']
     assert f'{name} is damaged: use --teacher-cache-rebuild' in refused(capsys, run, *flags)
+    gc.collect()  # in a process of its own, the refused run would have ended, and its lock with it
     run(*flags, '--teacher-cache-rebuild')
     assert sorted(path.name for path in folder.glob('epoch-*')) == [f'epoch-000{epoch}.logits' for epoch in range(3)]
