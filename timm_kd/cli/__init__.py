@@ -41,8 +41,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
         given = parser.read(sys.argv[1:] if argv is None else argv)
         path = given.pop('config', '')
         config = load_config(path, parser) if path else {}
-        values = override(config, given)
         defaults = {dest: flag.default for dest, flag in parser.flags.items() if dest != 'config'}
+        values = override(config, given, defaults)
         # Equal to the default is the default: timm has integer defaults of flags that take floats.
         args = argparse.Namespace(**{
             dest: default if (value := values.get(dest, default)) == default else value

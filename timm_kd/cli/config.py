@@ -115,26 +115,20 @@ def _read(parser: Parser, flag: argparse.Action, value: Any) -> Any:
             raise refuse(f'expected true or false, got {value!r}')
         return parser.read([name])[flag.dest] if value else flag.default
     appends = isinstance(flag, argparse._AppendAction)
-    is_list = isinstance(value, list)
-    if isinstance(value, dict) or (is_list and not appends and flag.nargs in (None, '?')):
-        raise refuse(f'expected one value, got {value!r}')
-    if value == [] == flag.default:
+    takes_list = appends or flag.nargs not in (None, '?')
+    if value == [] and (appends or flag.default == []):
         return []
-    words = [_word(flag, item) for item in (value if is_list else [value])]
-    if appends or (flag.option_strings and flag.nargs in (None, '?')):
-        words = [f'{name}={word}' for word in words]
-    else:
-        words = [name, *words]
-    return parser.read(words).get(flag.dest, flag.default)
-
-
-def _word(flag: argparse.Action, value: Any) -> str:
-    if isinstance(value, (list, dict)) or value is None:
-        raise argparse.ArgumentError(flag, f'expected one value, got {value!r}')
-    if isinstance(value, bool) and getattr(flag.type, '__name__', 'str') == 'str':
-        reason = f'expected text, got {value!r} (in YAML, quote a word such as yes, no, on or off)'
-        raise argparse.ArgumentError(flag, reason)
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    words = []
+    for item in value if takes_list and isinstance(value, list) else [value]:
+        if isinstance(item, (list, dict)) or item is None:
+            raise refuse(f'expected one value, got {item!r}')
+        if isinstance(item, bool) and getattr(flag.type, '__name__', 'str') == 'str':
+            raise refuse(f'expected text, got {item!r} (in YAML, quote a word such as yes, no, on or off)')
+        words.append(str(int(item)) if isinstance(item, float) and item.is_integer() else str(item))
+        if takes_list and not appends and isinstance(item, str) and item.startswith('-'):
+            raise refuse(f'expected a value, got {item!r}')
+    one_by_one = flag.option_strings and (appends or not takes_list)
+    return parser.read([f'{name}={word}' for word in words] if one_by_one else [name, *words])[flag.dest]
 
 
 def _with_floats(value: Any) -> Any:
@@ -146,16 +140,17 @@ def _with_floats(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _YAML_MISSED_FLOAT.fullmatch(value) else value
 
 
-def override(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a config file that the command line replaces, merged with it.
+def override(config: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config file and of the command line in one mapping.
 
-    The command line replaces not only the same flag of the file: also those that say the same thing (see
-    `_SAME_THING`), and, with a warning, those that only describe the loss, the schedule or the teacher that it
+    The command line replaces not only the same flag of the file, but also those that say the same thing (see
+    `_SAME_THING`) and, with a warning, those that only describe the loss, the schedule or the teacher that it
     replaces.
 
     Args:
         config: The values of the file, as `load_config` returns them.
         given: The values of the command line.
+        defaults: The default of each flag.
     """
     config, given = dict(config), dict(given)
     if config.get('input_size') and 'input_size' not in given:  # it says the channels and the size at once
@@ -164,8 +159,9 @@ def override(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
             config['in_chans'] = channels
         elif 'in_chans' in given:
             given['input_size'] = [given['in_chans'], *size]
+    said = {dest for dest, value in given.items() if value != ''}  # empty text takes back what the file says, no more
     for names in _SAME_THING:
-        if given.keys() & set(names):
+        if said & set(names):
             for name in set(names) - given.keys():
                 dest, _, key = name.partition('.')
                 if key:
@@ -173,10 +169,9 @@ def override(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
                 else:
                     config.pop(dest, None)
     merged = {**config, **given}
-    for dest, reason in _left_over(merged, given):
-        if dest in config and dest not in given:
-            if config[dest] not in (None, False, '', {}):
-                _logger.warning(f'{reason}: the {dest} of the config file is left out.')
+    for dest, reason in _left_over(config, merged, given):
+        if dest not in given and merged.get(dest, defaults[dest]) != defaults[dest]:
+            _logger.warning(f'{reason}: the {dest} of the config file is left out.')
             del merged[dest]
     # An args.yaml holds every flag, `local_rank` too, which nobody writes into a recipe. `device: cuda` is the default
     # there, written out, and means a GPU where there is one; in any other file it is a choice.
@@ -190,9 +185,13 @@ def override(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def _left_over(merged: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _left_over(
+        config: Mapping[str, Any],
+        merged: Mapping[str, Any],
+        given: Mapping[str, Any],
+) -> Iterator[tuple[str, str]]:
     """Yield the flags that only describe what the command line replaced, each with the reason."""
-    if 'kd_loss' in given:
+    if 'kd_loss' in given and config.get('kd_loss') not in (None, given['kd_loss']):
         knobs = KD_LOSSES[given['kd_loss']].hyper_parameters()
         for dest, knob in knob_dests().items():
             if knob not in knobs:

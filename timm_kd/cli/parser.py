@@ -16,14 +16,27 @@ class Flag(NamedTuple):
     options: dict[str, Any]
 
 
-def flag(*names: str, help: str, **options: Any) -> Flag:
-    """Return an argument that takes a value; numbers are shown as N (integer) and X in the usage."""
+def flag(*names: str, help: str, known: Sequence[str] = (), **options: Any) -> Flag:
+    """Return an argument that takes a value.
+
+    Args:
+        *names: Its option strings.
+        help: What it says; the known values are added.
+        known: The values that it takes, where timm's flag has no `choices` and the user should hear of a wrong one.
+        **options: Further keywords of argparse's `add_argument`. Numbers are shown as N (integer) and X in the usage,
+            other values as NAME.
+    """
     if 'choices' in options:
         options['type'] = one_of(*options['choices'])
+    elif known:
+        options['type'] = one_of(*known)
+        help = f'{help}: {", ".join(name for name in known if name)}'
     elif options.get('type') in (int, float):
         options['type'] = number(options['type'])
-    metavar = {'int': 'N', 'float': 'X'}.get(getattr(options.get('type'), '__name__', None))
-    return Flag(names, {'help': help, **({'metavar': metavar} if metavar else {}), **options})
+    if 'choices' not in options:
+        kind = getattr(options.get('type'), '__name__', 'str')
+        options.setdefault('metavar', {'int': 'N', 'float': 'X', 'str': 'NAME'}[kind])
+    return Flag(names, dict(options, help=help))
 
 
 def switch(*names: str, help: str) -> Flag:
@@ -48,7 +61,9 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], in
             value = kind(text)
         except ValueError:
             expected = 'an integer' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(f'{text}: expected {expected}') from None
+            raise argparse.ArgumentTypeError(f'{text or repr(text)}: expected {expected}') from None
+        if kind is int and value.bit_length() > 63:
+            raise argparse.ArgumentTypeError(f'{text}: expected an integer of at most 63 bits')
         expected = out_of_range(value, **bounds)
         if expected:
             raise argparse.ArgumentTypeError(f'{value}: expected {expected}')

@@ -22,12 +22,12 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
     'Dataset parameters': [
         flag('--data-dir', metavar='DIR', help='data set folder, for those who prefer a flag to the positional'),
         flag(
-            '--dataset', metavar='NAME', default='',
+            '--dataset', default='',
             help='kind and name of the data set, such as hfds/NAME, tfds/NAME, wds/NAME or torch/NAME; '
                  'empty: a folder with one sub-folder per class',
         ),
-        flag('--train-split', metavar='NAME', default='train', help='split to train on'),
-        flag('--val-split', metavar='NAME', default='validation', help='split to validate on'),
+        flag('--train-split', default='train', help='split to train on'),
+        flag('--val-split', default='validation', help='split to validate on'),
         flag('--train-num-samples', type=count, help='samples of the training split, where its reader cannot tell'),
         flag('--val-num-samples', type=count, help='samples of the validation split, where its reader cannot tell'),
         switch('--dataset-download', help='let torch/, hfds/ and tfds/ data sets download themselves'),
@@ -42,7 +42,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         ),
     ],
     'Model parameters': [
-        flag('--model', type=str, metavar='NAME', default='resnet50', help='name of the timm model to train'),
+        flag('--model', type=str, default='resnet50', help='name of the timm model to train'),
         switch('--pretrained', help='start from the pretrained weights of --model'),
         flag('--pretrained-path', type=str, metavar='FILE', help='take the pretrained weights from this file'),
         flag(
@@ -66,17 +66,11 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--crop-pct', type=positive, help='share of the image that the validation centre crop keeps'),
         flag('--mean', type=float, nargs='+', help='mean that images are normalised with'),
         flag('--std', type=positive, nargs='+', help='standard deviation that images are normalised with'),
-        flag(
-            '--interpolation', type=one_of('', *FILTERS), metavar='NAME', default='',
-            help='resize filter of the validation images',
-        ),
+        flag('--interpolation', known=('', *FILTERS), default='', help='resize filter of validation images'),
         flag('-b', '--batch-size', type=count, default=128, help='training images per step and process'),
         flag('-vb', '--validation-batch-size', type=count, help='validation images per step (--batch-size when unset)'),
         switch('--channels-last', help='NHWC memory format for model and images'),
-        flag(
-            '--fuser', type=one_of('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'), metavar='NAME', default='',
-            help='TorchScript fuser: te, old, nvfuser',
-        ),
+        flag('--fuser', known=('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'), default='', help='TorchScript fuser'),
         flag('--grad-accum-steps', type=count, default=1, help='batches whose gradients make one optimizer update'),
         switch('--grad-checkpointing', help='recompute activations in the backward pass to save memory'),
         switch('--fast-norm', help='let normalisation layers run in low precision under AMP'),
@@ -93,14 +87,8 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
     'Device parameters': [
         flag('--device', type=str, default='cuda', help='device to train on; unset, the CPU where there is no GPU'),
         switch('--amp', help='train in mixed precision (torch.autocast)'),
-        flag(
-            '--amp-dtype', type=one_of('float16', 'bfloat16'), metavar='DTYPE', default='float16',
-            help='low precision of --amp: float16, bfloat16',
-        ),
-        flag(
-            '--model-dtype', type=one_of('float32', 'float16', 'bfloat16'), metavar='DTYPE',
-            help='dtype of the model itself, without AMP',
-        ),
+        flag('--amp-dtype', known=('float16', 'bfloat16'), default='float16', help='low precision of --amp'),
+        flag('--model-dtype', known=('float32', 'float16', 'bfloat16'), help='dtype of the model itself, without AMP'),
         switch('--no-ddp-bb', help='do not broadcast buffers in DistributedDataParallel'),
         switch('--synchronize-step', help='wait for the device after each step'),
         flag('--local_rank', type=whole, default=0, help='set by launchers of old; torchrun needs no flag'),
@@ -110,33 +98,27 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         ),
     ],
     'Optimizer parameters': [
-        flag('--opt', type=str, metavar='NAME', default='sgd', help='optimizer; plain SGD with momentum is "momentum"'),
+        flag('--opt', type=str, default='sgd', help='optimizer; plain SGD with momentum is "momentum"'),
         flag('--opt-eps', type=float, help='epsilon of the optimizer'),
         flag('--opt-betas', type=float, nargs='+', help='betas of the optimizer'),
         flag('--momentum', type=not_negative, default=0.9, help='momentum, for optimizers that have one'),
         flag('--weight-decay', type=not_negative, default=2e-5, help='weight decay'),
         flag('--clip-grad', type=not_negative, help='limit for gradient clipping (none when unset)'),
-        flag(
-            '--clip-mode', type=one_of('norm', 'value', 'agc'), metavar='MODE', default='norm',
-            help='what is clipped: norm, value, agc',
-        ),
+        flag('--clip-mode', known=('norm', 'value', 'agc'), default='norm', help='what is clipped'),
         flag('--layer-decay', type=float, help='factor on the learning rate from each layer to the one below it'),
         flag('--layer-decay-min-scale', type=float, default=0, help='least factor that --layer-decay may reach'),
         flag('--layer-decay-no-opt-scale', type=float, help='layers whose factor is below this are frozen'),
         kwargs_flag('--opt-kwargs', help='further keyword arguments of the optimizer'),
     ],
     'Learning rate schedule parameters': [
-        flag(
-            '--sched', type=one_of(*SCHEDULES), metavar='NAME', default='cosine',
-            help='schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau, none',
-        ),
+        flag('--sched', known=SCHEDULES, default='cosine', help='schedule'),
         switch('--sched-on-updates', help='step the schedule at each update, not at each epoch'),
         flag('--lr', type=not_negative, help='learning rate; unset, it is made from --lr-base'),
         flag('--lr-base', type=not_negative, default=0.1, help='learning rate for --lr-base-size images a step'),
         flag('--lr-base-size', type=count, default=256, help='global batch size that --lr-base is meant for'),
         flag(
-            '--lr-base-scale', type=one_of('', 'linear', 'sqrt'), metavar='RULE', default='',
-            help='how --lr-base grows with the batch: linear or sqrt (unset: as suits the optimizer)',
+            '--lr-base-scale', known=('', 'linear', 'sqrt'), default='',
+            help='how --lr-base grows with the batch (unset: as suits the optimizer)',
         ),
         flag(
             '--lr-noise', type=float, nargs='+',
@@ -178,10 +160,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
     ],
     'Augmentation and regularization parameters': [
         switch('--no-aug', help='train on resized images without augmentation'),
-        flag(
-            '--train-crop-mode', type=one_of('rrc', 'rkrc', 'rkrr'), metavar='MODE',
-            help='training crop: rrc (when unset), rkrc, rkrr',
-        ),
+        flag('--train-crop-mode', known=('rrc', 'rkrc', 'rkrr'), help='training crop (rrc when unset)'),
         flag('--scale', type=positive, nargs='+', default=[0.08, 1.0], help='area range of the random resized crop'),
         flag(
             '--ratio', type=positive, nargs='+', default=[3 / 4, 4 / 3],
@@ -193,7 +172,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--color-jitter-prob', type=share, help='probability of colour jitter (always when unset)'),
         flag('--grayscale-prob', type=share, help='probability of turning an image grey'),
         flag('--gaussian-blur-prob', type=share, help='probability of a Gaussian blur'),
-        flag('--aa', type=str, metavar='NAME', help='AutoAugment policy, such as v0, original or rand-m9-mstd0.5-inc1'),
+        flag('--aa', type=str, help='AutoAugment policy, such as v0, original or rand-m9-mstd0.5-inc1'),
         flag('--aug-repeats', type=not_negative, default=0, help='augmented copies of each image, over processes'),
         flag('--aug-splits', type=whole, default=0, help='augmentation splits of a batch (0, or 2 and more)'),
         switch('--jsd-loss', help='Jensen-Shannon divergence over --aug-splits beside cross-entropy'),
@@ -201,19 +180,13 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         switch('--bce-sum', help='sum the binary cross-entropy over the classes'),
         flag('--bce-target-thresh', type=float, help='binarise soft targets at this value'),
         flag('--bce-pos-weight', type=float, help='weight of the positive term of the binary cross-entropy'),
+        flag('--loss', known=('', 'ce', 'bce', 'jsd'), help='task loss (ce when unset)'),
         flag(
-            '--loss', type=one_of('', 'ce', 'bce', 'jsd'), metavar='NAME',
-            help='task loss: ce (when unset), bce, jsd',
-        ),
-        flag(
-            '--task', type=one_of('', *SINGLE_LABEL, reason=NO_MULTI_LABEL), metavar='NAME',
+            '--task', type=one_of('', *SINGLE_LABEL, reason=NO_MULTI_LABEL),
             help='"classification" (multilabel is refused)',
         ),
         flag('--reprob', type=share, default=0., help='probability of random erasing'),
-        flag(
-            '--remode', type=one_of('const', 'rand', 'pixel'), metavar='MODE', default='pixel',
-            help='what erased pixels become: const, rand, pixel',
-        ),
+        flag('--remode', known=('const', 'rand', 'pixel'), default='pixel', help='what erased pixels become'),
         flag('--recount', type=whole, default=1, help='most rectangles erased in an image'),
         switch('--resplit', help='leave the first augmentation split without erasing'),
         flag('--mixup', type=not_negative, default=0.0, help='alpha of Mixup (0 is off)'),
@@ -225,13 +198,13 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--mixup-prob', type=share, default=1.0, help='probability that a batch (or element) is mixed'),
         flag('--mixup-switch-prob', type=share, default=0.5, help='probability of CutMix where both are on'),
         flag(
-            '--mixup-mode', type=one_of('batch', 'pair', 'elem', 'half'), metavar='MODE', default='batch',
-            help='draw per batch, pair or elem',
+            '--mixup-mode', known=('batch', 'pair', 'elem', 'half'), default='batch',
+            help='for what one draw is made',
         ),
         flag('--mixup-off-epoch', type=whole, default=0, help='no mixing from this epoch on (0: never)'),
         flag('--smoothing', type=share_below_1, default=0.1, help='label smoothing'),
         flag(
-            '--train-interpolation', type=one_of('', *FILTERS, 'random'), metavar='NAME', default='random',
+            '--train-interpolation', known=('', *FILTERS, 'random'), default='random',
             help='resize filter of training images',
         ),
         flag('--drop', type=share_below_1, default=0.0, help='dropout rate'),
@@ -244,8 +217,8 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--bn-eps', type=float, help='epsilon of batch norm'),
         switch('--sync-bn', help='batch norm over all processes'),
         flag(
-            '--dist-bn', type=one_of('', 'broadcast', 'reduce'), metavar='HOW', default='reduce',
-            help='running statistics after each epoch: broadcast (of rank 0), reduce (mean), or "" to leave them',
+            '--dist-bn', known=('', 'broadcast', 'reduce'), default='reduce',
+            help='running statistics after each epoch ("" leaves them)',
         ),
         switch('--split-bn', help='a batch norm of its own for each augmentation split'),
     ],
@@ -257,10 +230,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
     ],
     'Miscellaneous parameters': [
         flag('--seed', type=number(int, at_least=0, below=2 ** 32), default=42, help='random seed'),
-        flag(
-            '--worker-seeding', type=one_of('all', 'part'), metavar='MODE', default='all',
-            help='random streams a worker seeds: all, part',
-        ),
+        flag('--worker-seeding', known=('all', 'part'), default='all', help='random streams that a worker seeds'),
         flag('--log-interval', type=count, default=50, help='updates between log lines'),
         flag('--val-interval', type=count, default=1, help='epochs between validations'),
         flag('--recovery-interval', type=whole, default=0, help='updates between recovery checkpoints (0: none)'),
@@ -270,16 +240,13 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         switch('--pin-mem', help='pin host memory for faster copies to the GPU'),
         switch('--no-prefetcher', help='normalise in the workers, without the prefetching loader'),
         flag('--output', type=str, metavar='DIR', default='', help='folder of runs (./output/train when empty)'),
-        flag('--experiment', type=str, metavar='NAME', default='', help='name of the run, its folder below --output'),
+        flag('--experiment', type=str, default='', help='name of the run, its folder below --output'),
         flag('--save-epochs', type=whole, nargs='+', help='epochs whose checkpoint is kept as milestone-N.pth.tar'),
-        flag(
-            '--eval-metric', type=one_of('top1', 'top5', 'loss'), metavar='NAME', default='top1',
-            help='what makes a checkpoint best: top1, top5, loss',
-        ),
+        flag('--eval-metric', known=('top1', 'top5', 'loss'), default='top1', help='what makes a checkpoint best'),
         flag('--tta', type=whole, default=0, help='test-time augmentation: average this many neighbouring outputs'),
         switch('--use-multi-epochs-loader', help='keep the worker processes alive between epochs'),
         switch('--log-wandb', help='log to Weights & Biases'),
-        flag('--wandb-project', type=str, metavar='NAME', help='project of Weights & Biases'),
+        flag('--wandb-project', type=str, help='project of Weights & Biases'),
         flag('--wandb-tags', type=str, nargs='+', metavar='TAG', default=[], help='tags of the run there'),
         flag('--wandb-resume-id', type=str, metavar='ID', default='', help='run to go on with there'),
         flag('--train-img-sizes', type=count, nargs='+', help='image sizes to train on, one drawn per batch'),
@@ -312,10 +279,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--naflex-max-seq-len', type=int, default=576, help='refused (NaFlex)'),
         flag('--naflex-patch-sizes', type=int, nargs='+', help='refused (NaFlex)'),
         flag('--naflex-patch-size-probs', type=float, nargs='+', help='refused (NaFlex)'),
-        flag(
-            '--naflex-loss-scale', default='linear', choices=('none', 'sqrt', 'linear'),
-            help='refused (NaFlex)',
-        ),
+        flag('--naflex-loss-scale', default='linear', choices=('none', 'sqrt', 'linear'), help='refused (NaFlex)'),
         switch('--naflex-patchify-channels-first', help='refused (NaFlex)'),
     ],
 }
