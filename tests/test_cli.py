@@ -170,7 +170,6 @@ def test_mixed_batches_of_odd_size_are_refused_as_timm_would_fail_on_them(refuse
     assert '--batch-size 3' in refuse('--mixup', '0.8', '-b', '3')
 
 
-
 def test_tensorboard_that_is_not_installed_is_refused(refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorboard', None)  # what the import system takes for not installed
     assert 'pip install timm-kd[tensorboard]' in refuse('--log-tensorboard')

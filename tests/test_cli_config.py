@@ -88,6 +88,9 @@ def test_value_has_the_type_of_its_flag(parse, line, dest, value):
     ('kd_loss: nkdd', 'kd, dkd, nkd, tfnkd, tfkd'),
     ('model_kwargs: depth=3', 'expected a mapping'),
     ('teacher: {name: resnet34}', 'expected one value'),
+    ('wandb_tags: [a, --help]', "'--help'"),
+    ('wandb_tags: [a, -c, b]', "'-c'"),
+    ('lr: ""', "'': expected a number"),
 ])
 def test_bad_value_is_refused_naming_file_and_key(refuse, line, says):
     error = refuse(line)
@@ -171,6 +174,8 @@ def test_data_folder_of_the_file_is_replaced_by_either_flag(parse, tmp_path):
      {'opt_betas': [0.8, 0.9], 'opt_kwargs': {'amsgrad': True}}),
     ('kd_model_name: resnet34', '--teacher resnet50', {'kd_model_name': None, 'teacher': 'resnet50'}),
     ('teacher: [resnet34, resnet50]', '--kd-model-name resnet18', {'kd_model_name': 'resnet18', 'teacher': None}),
+    ('{pretrained: true, initial_checkpoint: gone.pth}', "--initial-checkpoint ''",
+     {'pretrained': True, 'initial_checkpoint': ''}),
     ('{kd_model_name: resnet34, kd_loss: tfkd}', "--teacher ''", {'kd_model_name': None, 'teacher': None}),
 ])
 def test_flag_of_the_command_line_replaces_what_the_file_says_of_the_same_thing(parse, caplog, text, argv, values):
@@ -206,6 +211,16 @@ def test_weights_file_below_the_home_folder_is_a_file(parse, tmp_path, monkeypat
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'teacher.pth').touch()
     assert parse('teacher: ~/teacher.pth\nteacher_model: resnet18\n').teacher_model == 'resnet18'
+
+
+def test_args_yaml_of_a_run_with_a_teacher_trains_without_it(tmp_path, caplog):
+    text = parse_args([str(tmp_path), '--teacher', 'resnet34', '--kd-temperature', '3'])[1]
+    (tmp_path / 'args.yaml').write_text(text)
+    with caplog.at_level(logging.WARNING):
+        args = parse_args(['-c', str(tmp_path / 'args.yaml'), '--teacher', ''])[0]
+    assert resolve_kd(args) is None and args == parse_args([str(tmp_path)])[0]
+    assert [record.message for record in caplog.records] == [
+        'there is no teacher: the kd_temperature of the config file is left out.']
 
 
 def test_conflict_inside_one_file_is_refused(refuse):
@@ -289,6 +304,7 @@ def test_wrong_parameter_inside_one_file_is_refused(refuse):
 def test_recipe_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args, text = parse_args([str(tmp_path), '-c', 'resnet18_r34_nkd'])
+    assert text == parse_args([str(tmp_path), '-c', 'resnet18_r34_nkd.yaml'])[1]
     assert (args.model, args.kd_loss) == ('resnet18', 'nkd')
     assert text == parse_args([str(tmp_path), '-c', str(RECIPES / 'resnet18_r34_nkd.yaml')])[1]
 

@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
             check_device(args.device)
     except argparse.ArgumentError as error:
         names = (error.argument_name or '').split('/')
-        parser.error(f'{next((name for name in names if name.startswith("--")), names[0])} {error.message}.'.strip())
+        parser.error(f'{next((name for name in names if name.startswith("--")), names[0])} {error.message}'.strip())
     except UsageError as error:
         parser.error(str(error))
     return args, yaml.safe_dump(vars(args), default_flow_style=False)

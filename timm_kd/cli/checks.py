@@ -26,7 +26,7 @@ _NAMED_DATASETS = ('hfds', 'hfids', 'tfds', 'wds', 'torch')
 # The flags that decide whether timm can make a schedule.
 _SCHEDULE_FLAGS = {
     **dict.fromkeys(
-        ('cosine', 'tanh', 'poly'), ('epochs', 'cooldown_epochs', 'lr_cycle_mul', 'lr_cycle_limit', 'lr_k_decay')),
+        ('cosine', 'tanh', 'poly'), ('epochs', 'cooldown_epochs', 'lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit')),
     'constant': ('warmup_epochs',),
     'step': ('decay_epochs', 'decay_rate'),
     'multistep': ('decay_milestones', 'decay_rate'),
@@ -129,9 +129,12 @@ def _check_image_flags(args: argparse.Namespace) -> None:
     if args.split_bn and not args.aug_splits and args.batch_size % 2:
         raise UsageError(f'--batch-size {args.batch_size}: --split-bn halves a batch and needs an even one.')
     if args.mixup or args.cutmix or args.cutmix_minmax:
-        for batch_size in args.train_batch_sizes or [args.batch_size]:
-            if batch_size % 2:
-                raise UsageError(f'--batch-size {batch_size}: Mixup and CutMix mix pairs and need an even batch size.')
+        batch_flag = 'train_batch_sizes' if args.train_batch_sizes else 'batch_size'
+        if any(batch_size % 2 for batch_size in args.train_batch_sizes or [args.batch_size]):
+            raise UsageError(
+                f'{as_given(batch_flag, getattr(args, batch_flag))}: Mixup and CutMix mix pairs and need an even batch '
+                'size.'
+            )
         if args.aug_splits:
             raise UsageError(f'--aug-splits {args.aug_splits}: does not go with Mixup or CutMix.')
 
@@ -177,7 +180,8 @@ def _check_optimizer(args: argparse.Namespace) -> None:
     try:
         get_optimizer_info(name)
     except ValueError as error:
-        raise UsageError(f'--opt {args.opt}: timm has no such optimizer{nearest(name, list_optimizers())}.') from error
+        hint = nearest(name, list_optimizers())
+        raise UsageError(f'{as_given("opt", args.opt)}: timm has no such optimizer{hint}.') from error
     for twice in sorted(set(args.opt_kwargs) & set(optimizer_kwargs(args))):
         by_flag = f'opt_{twice}' if twice in ('eps', 'betas') else twice
         raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {twice} is set by {as_given(by_flag, True)}.')
@@ -200,7 +204,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
         if getattr(args, dest) is not None and args.sched not in ('wsd', 'rsqrt'):
             raise UsageError(f'{as_given(dest, getattr(args, dest))}: is for --sched wsd and rsqrt, not {args.sched}.')
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    updates = 10 ** 6  # an epoch: not known yet, but enough to round none of the lengths to 0
+    updates = 1000  # an epoch: not known yet, but enough to round none of the lengths to 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # timm warns again when the run makes its schedule
@@ -215,9 +219,10 @@ def _check_schedule(args: argparse.Namespace) -> None:
         unset = [dest for dest, value in flags.items() if value is None or value is False]
         given = ' '.join(as_given(dest, value) for dest, value in flags.items() if dest not in unset)
         without = f' without {", ".join(as_given(dest, True) for dest in unset)}' if unset else ''
+        reason = str(error.args[-1]).rstrip('.') if error.args else type(error).__name__
         raise UsageError(
-            f'--sched {args.sched} {given}{without}: timm cannot make this schedule ({str(error).rstrip(".")}), change '
-            'one of these flags.'
+            f'--sched {args.sched} {given}{without}: timm cannot make this schedule ({reason}), change one of these '
+            'flags.'
         ) from error
     if args.stop_epoch is not None and args.stop_epoch > num_epochs:
         raise UsageError(
@@ -236,6 +241,8 @@ def _check_train_sizes(args: argparse.Namespace) -> None:
         if len(value) != len(args.train_img_sizes):
             raise UsageError(f'{as_given(dest, value)}: expected one value for each of the '
                              f'{len(args.train_img_sizes)} --train-img-sizes.')
+    if args.train_size_probs is not None and not any(args.train_size_probs):
+        raise UsageError(f'{as_given("train_size_probs", args.train_size_probs)}: expected a value above 0 among them.')
     if args.train_size_schedule == 'progressive' and len(args.train_img_sizes or []) < 2:
         raise UsageError('--train-size-schedule progressive needs two or more --train-img-sizes.')
 
@@ -250,7 +257,7 @@ def _check_hub(args: argparse.Namespace) -> None:
     try:
         validate_repo_id(args.push_to_hub)
     except HFValidationError as error:
-        raise UsageError(f'--push-to-hub {args.push_to_hub}: {error}.') from error
+        raise UsageError(f'{as_given("push_to_hub", args.push_to_hub)}: {error}') from error
 
 
 def check_device(device: str) -> None:

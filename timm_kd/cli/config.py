@@ -64,9 +64,10 @@ def load_config(path: str, parser: Parser) -> dict[str, Any]:
         UsageError: The file cannot be read, or a value does not suit its flag.
     """
     if not os.path.exists(path) and os.path.basename(path) == path:
-        if path not in RECIPES:
-            raise UsageError(f'--config {path}: no such file, and no recipe of this name{nearest(path, RECIPES)}.')
-        path = str(RECIPES[path])
+        name = path.removesuffix('.yaml')
+        if name not in RECIPES:
+            raise UsageError(f'--config {path}: no such file, and no recipe of this name{nearest(name, RECIPES)}.')
+        path = str(RECIPES[name])
     try:
         with open(path, encoding='utf-8') as file:
             config = yaml.safe_load(file)

@@ -80,11 +80,10 @@ def one_of(*names: str, reason: str | None = None) -> Callable[[str], str]:
         names: The names that are taken.
         reason: What is said of any other one, in place of the list of names.
     """
-    expected = reason or f'expected one of {", ".join(name or repr("") for name in names)}'
-
     def convert(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f'{text or repr("")}: {expected}{nearest(text, names)}')
+            expected = f'expected one of {", ".join(name or repr(name) for name in names)}'
+            raise argparse.ArgumentTypeError(f'{text or repr(text)}: {reason or expected + nearest(text, names)}')
         return text
 
     convert.__name__ = 'str'
@@ -169,5 +168,5 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Write one line to stderr and exit with code 2."""
-        self.exit(2, f'{self.prog}: error: {message}\n')
+        """Write one line, with one full stop, to stderr and exit with code 2."""
+        self.exit(2, f'{self.prog}: error: {message.rstrip(".")}.\n')

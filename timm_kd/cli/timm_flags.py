@@ -105,9 +105,9 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--weight-decay', type=not_negative, default=2e-5, help='weight decay'),
         flag('--clip-grad', type=not_negative, help='limit for gradient clipping (none when unset)'),
         flag('--clip-mode', known=('norm', 'value', 'agc'), default='norm', help='what is clipped'),
-        flag('--layer-decay', type=float, help='factor on the learning rate from each layer to the one below it'),
-        flag('--layer-decay-min-scale', type=float, default=0, help='least factor that --layer-decay may reach'),
-        flag('--layer-decay-no-opt-scale', type=float, help='layers whose factor is below this are frozen'),
+        flag('--layer-decay', type=not_negative, help='factor on the learning rate from one layer to the next below'),
+        flag('--layer-decay-min-scale', type=not_negative, default=0, help='least factor that --layer-decay may reach'),
+        flag('--layer-decay-no-opt-scale', type=not_negative, help='layers whose factor is below this are frozen'),
         kwargs_flag('--opt-kwargs', help='further keyword arguments of the optimizer'),
     ],
     'Learning rate schedule parameters': [
