@@ -5,7 +5,7 @@ from typing import Any
 
 
 def as_given(dest: str, value: Any) -> str:
-    """A flag and its value as on the command line: ``--mean 0.5 0.5``."""
+    """Return a flag and its value as on the command line: `--mean 0.5 0.5`."""
     name = '--local_rank' if dest == 'local_rank' else f'--{dest.replace("_", "-")}'
     if value is True:
         return name
@@ -15,7 +15,7 @@ def as_given(dest: str, value: Any) -> str:
 
 
 def task_loss_flags(args: argparse.Namespace) -> dict[str, str]:
-    """The flags that choose the task loss, as on the command line, and what each chooses."""
+    """Return the flags that choose the task loss, as on the command line, and what each chooses."""
     flags = {'--jsd-loss': 'jsd'} if args.jsd_loss else {}
     if args.bce_loss:
         flags['--bce-loss'] = 'bce'
