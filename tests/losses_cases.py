@@ -20,7 +20,6 @@ def _variants(name, loss):
 VARIANTS = [variant for name, loss in KD_LOSSES.items() for variant in _variants(name, loss)]
 STANDARDISED = [variant for variant in VARIANTS if variant[1].get('logit_std')]
 NEEDS_TEACHER = [variant for variant in VARIANTS if KD_LOSSES[variant[0]].needs_teacher]
-UNMASKED = [variant for variant in NEEDS_TEACHER if variant not in STANDARDISED]  # standardising takes no -inf
 
 
 def name_of(variant):
@@ -35,6 +34,9 @@ def create(variant, plain=False):
 
 def takes_teacher(variant):
     return KD_LOSSES[variant[0]].needs_teacher or variant[1].get('with_teacher', False)
+
+
+UNMASKED = [variant for variant in VARIANTS if takes_teacher(variant) and variant not in STANDARDISED]  # no -inf
 
 
 def evaluate(variant, student, teacher, target, plain=False):

@@ -74,6 +74,12 @@ def test_args_of_a_plain_run_before_the_warmup_could_be_unset_are_read_again(tmp
     assert resolve_kd(parse(tmp_path, '-c', str(tmp_path / 'args.yaml'))) is None
 
 
+@pytest.mark.parametrize('loss', [name for name, loss in KD_LOSSES.items() if 'temperature' in loss.hyper_parameters()])
+def test_temperature_may_sharpen(tmp_path, loss):
+    settings = resolve_kd(parse(tmp_path, '--kd-loss', loss, '--teacher', 'resnet34', '--kd-temperature', '0.25'))
+    assert create_kd_loss(loss, **settings.loss_parameters).temperature == 0.25
+
+
 def test_zero_is_a_value_of_a_parameter(tmp_path):
     settings = resolve_kd(parse(tmp_path, '--kd-loss', 'nkd', '--teacher', 'resnet34', '--kd-gamma', '0'))
     assert settings.loss_parameters == {'gamma': 0.0}

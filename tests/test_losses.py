@@ -223,3 +223,13 @@ def logits(*shape, dtype=torch.float32):
 def test_forward_refuses_what_does_not_fit(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         create_kd_loss(name)(*arguments)
+
+
+def test_tfkd_is_stated_as_kd_where_a_teacher_takes_the_place_of_the_virtual_one():
+    tfkd = KD_LOSSES['tfkd']
+    assert tfkd.stated(with_teacher=True).formula == KD_LOSSES['kd'].stated(with_teacher=True).formula
+    assert tfkd.stated(with_teacher=False).formula != tfkd.stated(with_teacher=True).formula
+
+
+def test_loss_is_shown_with_its_parameters_as_any_module_is():
+    assert repr(create_kd_loss('kd', temperature=2.0)) == 'KDLoss(temperature=2.0, logit_std=False)'

@@ -102,6 +102,9 @@ def test_shares_of_a_mixup_of_half_precision_images_add_up(mode, dtype):
     labels = read(target, 0.1)
     assert torch.equal(labels.weight[:, 1] > 0, hard != hard.flip(0))
     assert torch.equal(labels.weight.sum(1), torch.ones(BATCH))
+    exact = target.double()
+    exact = read(exact / exact.sum(1, keepdim=True), 0.1)  # the shares are those of the rounded lam and 1 - lam
+    torch.testing.assert_close(labels.weight, exact.weight.float(), rtol=0, atol=5e-4)
 
 
 def test_hard_targets_have_one_label_whatever_the_smoothing():
