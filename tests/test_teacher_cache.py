@@ -22,9 +22,10 @@ from timm_kd.errors import UsageError
 from timm_kd.replay import make_replayable
 from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
+from timm_kd.teacher_cache.cached_teacher import HostCopies
 from timm_kd.teacher_cache.epoch_file import DiskFull, EpochFile, epoch_file_size
 from timm_kd.teacher_cache.folder import read_rows
-from timm_kd.teacher_cache.key import fingerprint_dataset, fingerprint_teacher
+from timm_kd.teacher_cache.key import fingerprint_dataset, fingerprint_teacher, write_new
 
 NUM_CLASSES, PER_CLASS, SIZE = 10, 4, 32
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
@@ -176,6 +177,7 @@ def test_rebuild_throws_away_the_rows_of_another_key(tmp_path):
     first.close()
     rebuilt = folder(tmp_path, key={**KEY, 'seed': 1}, rebuild=True)
     assert not rebuilt.covers([0], lambda epoch: np.arange(100))
+    folder(tmp_path, key={**KEY, 'seed': 1}).close()  # once it is cleared, others may use it too
 
 
 def test_rebuild_throws_away_the_rows_of_another_teacher(tmp_path):
@@ -234,6 +236,24 @@ def test_too_little_disk_is_an_error_with_both_sizes(tmp_path):
     cache = CacheFolder(tmp_path, KEY, num_rows=10 ** 9, row_bytes=2000)
     with pytest.raises(UsageError, match=r'needs 2\d{5}\.\d\d GB more and its disk has \d+\.\d\d GB free'):
         cache.check_space(range(100))
+
+
+def test_what_is_stored_needs_no_room_again(tmp_path, caplog):
+    cache = folder(tmp_path)
+    size = epoch_file_size(100, ROW) / 1e6
+    with caplog.at_level('INFO'):
+        cache.check_space([0, 1])
+        assert f'{2 * size:.2f} MB to be written' in caplog.text
+        store_rows(cache)
+        caplog.clear()
+        cache.check_space([0, 1])
+        assert f' {size:.2f} MB to be written' in caplog.text
+
+
+def test_of_two_runs_that_write_a_file_at_once_the_first_stays(tmp_path):
+    write_new(tmp_path / 'members.json', 'first')
+    write_new(tmp_path / 'members.json', 'second')
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {'members.json': 'first\n'}
 
 
 def test_a_full_disk_is_an_error_and_keeps_what_was_written(tmp_path):
@@ -448,6 +468,7 @@ def test_the_teachers_validation_is_kept_and_a_damaged_one_counts_as_absent(tmp_
     cache.save_validation('another', predictions=np.array([3, 2, 1]), metrics='[{"top1": 33.3, "top5": 50.0}]')
     assert cache.load_validation('one crop', 3)['predictions'].tolist() == [1, 2, 3]
     assert cache.load_validation('another', 3)['predictions'].tolist() == [3, 2, 1]
+    assert cache.load_validation('one crop', 4) == {}  # of another number of images
     for path in tmp_path.glob('validation-*.npz'):
         path.write_bytes(b'PK damaged')
     assert cache.load_validation('one crop', 3) == {}
@@ -615,6 +636,27 @@ def test_an_interrupted_fill_goes_on_where_it_stopped(tmp_path, image_folder, te
     again, computed = epoch_logits(filling, cached(tmp_path, filling, teacher, dtype='float16'), 0)
     assert computed == NUM_SAMPLES // 8 - 3
     assert torch.equal(again[:len(before)], before)  # what was learned from is what is read
+
+
+def test_a_batch_of_which_a_row_is_absent_is_computed_anew(tmp_path, image_folder, teacher):
+    loader = loader_of(image_folder)
+    whole, _ = epoch_logits(loader, cached(tmp_path, loader, teacher), 0)
+    file = EpochFile(tmp_path / 'epoch-0000.logits', NUM_SAMPLES, 4 * NUM_CLASSES, writable=True)
+    file.write(np.array([7]), np.zeros((1, 4 * NUM_CLASSES), np.uint8))  # what a read of it would bring
+    file.checksums[7] = 0
+    file.close()
+    again, computed = epoch_logits(loader, cached(tmp_path, loader, teacher), 0)
+    assert computed == 1 and torch.equal(again, whole)
+
+
+def test_copies_arrive_in_the_order_they_were_started():
+    copies = HostCopies(torch.device('cpu'))
+    for number in range(3):
+        copies.start(np.array([number]), torch.full((1, 4), number, dtype=torch.uint8))
+    arrived = list(copies.arrived())
+    assert [rows.tolist() for rows, _ in arrived] == [[0], [1], [2]]
+    assert [data.tolist() for _, data in arrived] == [[[number] * 4] for number in range(3)]
+    assert not list(copies.arrived(wait=True))
 
 
 def test_after_the_distinct_epochs_the_first_comes_again(tmp_path, image_folder, teacher):
