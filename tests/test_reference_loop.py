@@ -24,7 +24,8 @@ MIXING_FLAGS = '--mixup 0.8 --cutmix 1.0 --mixup-prob 0.7'
 
 def train_reference(
         data, *, workers=0, splits=0, mixing=None, mixup_off=None, prefetcher=True, drop_path=0.0, criterion=None,
-        ema=None, opt='adamw', lr=3e-3, accumulate=1, clip=None, bfloat16=False, scale_power=0, schedule=(), **loading,
+        ema=None, layer_decay=None, opt='adamw', lr=3e-3, accumulate=1, clip=None, bfloat16=False, scale_power=0,
+        schedule=(), metric='top1', **loading,
 ):
     """Trains a `test_resnet` for three epochs; returns the rows of summary.csv, the model and its EMA."""
     random_seed(42, 0)
@@ -46,9 +47,9 @@ def train_reference(
         crop_pct=config['crop_pct'], **common)
     if lr is None:  # 0.1 for 256 images an update, in proportion to their number or, for AdamW, to its root
         lr = 0.1 * (loader.batch_sampler.average_batch_size * accumulate / 256) ** (0.5 if opt == 'adamw' else 1)
-    optimizer = create_optimizer_v2(model, opt, lr=lr, weight_decay=2e-5, momentum=0.9)
+    optimizer = create_optimizer_v2(model, opt, lr=lr, weight_decay=2e-5, momentum=0.9, layer_decay=layer_decay)
     updates = math.ceil(len(loader) / accumulate)
-    scheduler, _ = create_scheduler_v2(optimizer, **dict(schedule, num_epochs=3), updates_per_epoch=updates)
+    scheduler, _ = create_scheduler_v2(optimizer, **{'num_epochs': 3, **dict(schedule)}, updates_per_epoch=updates)
     criterion = criterion or LabelSmoothingCrossEntropy(0.1)
     averaged = ModelEmaV3(model, **ema) if ema else None
     rows = []
@@ -80,17 +81,18 @@ def train_reference(
             scheduler.step_update(done)
         if hasattr(optimizer, 'sync_lookahead'):
             optimizer.sync_lookahead()
-        for evaluated in (model, averaged) if averaged else (model,):
+        evaluator = ClassificationEvaluator(CPU)
+        for evaluated in () if metric is None else (model, averaged) if averaged else (model,):
             evaluated.eval()
-            evaluator = ClassificationEvaluator(CPU)
+            evaluator.reset()
             for images, target in eval_loader:
                 with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
                     evaluator.update(evaluated(images), target)
         rates = [group['lr'] for group in optimizer.param_groups]
-        metrics = evaluator.compute()
+        metrics = {} if metric is None else evaluator.compute()
         rows.append({'epoch': epoch, 'train_loss': losses.avg, 'lr': sum(rates) / len(rates),
                      **{f'eval_{name}': value for name, value in metrics.items()}})
-        scheduler.step(epoch + 1, metrics['top1'])
+        scheduler.step(epoch + 1, metrics.get(metric, losses.avg))
     return rows, model, averaged
 
 
@@ -135,6 +137,20 @@ def train_reference(
         dict(
             opt='momentum', lr=0.4,
             schedule=dict(sched='plateau', patience_epochs=0, decay_rate=0.5, plateau_mode='max')), id='plateau'),
+    pytest.param(
+        '--sched plateau --patience-epochs 0 --decay-rate 0.5 --eval-metric loss',
+        dict(schedule=dict(sched='plateau', patience_epochs=0, decay_rate=0.5, plateau_mode='min'), metric='loss'),
+        id='plateau of the validation loss'),
+    pytest.param(
+        "--sched plateau --patience-epochs 0 --decay-rate 0.5 --val-split ''",
+        dict(schedule=dict(sched='plateau', patience_epochs=0, decay_rate=0.5, plateau_mode='min'), metric=None),
+        id='plateau of the training loss'),
+    pytest.param(
+        '--epochs 6 --stop-epoch 3 --layer-decay 0.5 --bce-loss --bce-target-thresh 0.2 --bce-sum --bce-pos-weight 2',
+        dict(
+            schedule=dict(num_epochs=6), layer_decay=0.5,
+            criterion=BinaryCrossEntropy(0.1, target_threshold=0.2, sum_classes=True, pos_weight=2.0)),
+        id='layer decay'),
     pytest.param(
         '--opt lookahead_adamw --clip-grad 0.02 --clip-mode agc', dict(opt='lookahead_adamw', clip=(0.02, 'agc')),
         id='lookahead'),

@@ -77,6 +77,8 @@ REFUSED = [
     ('--bce-loss --loss ce', '--bce-loss', '--loss ce'),
     ('--torchcompile indctor', '--torchcompile indctor', 'inductor'),
     ('--torchcompile --torchcompile-mode fast', '--torchcompile-mode fast', 'max-autotune'),
+    ('--device cuda --torchcompile --torchcompile-mode reduce-overhead --grad-accum-steps 2',
+     '--torchcompile-mode reduce-overhead --grad-accum-steps 2', 'max-autotune-no-cudagraphs'),
     ('--torchcompile-mode default', '--torchcompile-mode default', '--torchcompile,'),
     ('--amp --model-dtype bfloat16', '--model-dtype bfloat16', '--amp'),
     ('--torchscript --torchcompile', '--torchscript', '--torchcompile'),

@@ -13,7 +13,10 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
+from timm_kd.cli import parse_args
 from timm_kd.losses import KD_LOSSES
+from timm_kd.process import Process
+from timm_kd.setup import eval_loader_kwargs
 
 TIMM_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
 COMPONENTS = {
@@ -74,6 +77,18 @@ def test_option_that_is_not_about_the_loss_leaves_it_as_it_was(options, toleranc
     assert run.rows[0].keys() == plain.rows[0].keys()
     for column, value in plain.rows[0].items():
         assert run.rows[0][column] == pytest.approx(value, rel=tolerance), column
+
+
+@pytest.mark.parametrize('flags, device, pinned', [
+    ('', 'cuda', True),
+    ('--no-prefetcher', 'cuda', False),
+    ('', 'cpu', False),
+    ('--pin-mem', 'cpu', True),
+])
+def test_batches_for_a_gpu_come_from_pinned_memory(flags, device, pinned, digits):
+    args, _ = parse_args([str(digits), '--model', 'test_resnet', *flags.split()])
+    config = {name: None for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+    assert eval_loader_kwargs(args, config, Process(torch.device(device)), None)['pin_memory'] is pinned
 
 
 def test_model_dtype_is_that_of_the_saved_weights(train):

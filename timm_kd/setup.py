@@ -355,7 +355,8 @@ def _loading_kwargs(
         std=data_config['std'],
         num_workers=args.workers,
         distributed=process.distributed,
-        pin_memory=args.pin_mem,
+        # From pageable memory the host waits for each copy to the GPU; where a batch lies changes no number.
+        pin_memory=args.pin_mem or (process.device.type == 'cuda' and not args.no_prefetcher),
         img_dtype=dtype or torch.float32,
         device=process.device,
         use_prefetcher=not args.no_prefetcher,

@@ -172,6 +172,11 @@ def _check_compile(args: argparse.Namespace) -> None:
         from torch._inductor import list_mode_options
         if args.torchcompile_mode not in list_mode_options():
             raise UsageError(f'{mode}: expected one of {", ".join(list_mode_options())}.')
+        cuda_graphs = args.torchcompile_mode in ('reduce-overhead', 'max-autotune') and args.device.startswith('cuda')
+        if cuda_graphs and args.grad_accum_steps > 1:  # pytorch issue 169545: gradients live in a graph's memory
+            raise UsageError(
+                f'{mode} --grad-accum-steps {args.grad_accum_steps}: the CUDA graphs of this mode overwrite '
+                'accumulated gradients: take max-autotune-no-cudagraphs, or leave out one of the two.')
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
