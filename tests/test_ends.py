@@ -117,6 +117,16 @@ def test_folder_that_cannot_be_written_is_refused(digits, tmp_path):
     assert_one_line(run.error, '--experiment run', 'Permission denied')
 
 
+@pytest.mark.parametrize('content', ['{}', '[]', 'text'])
+def test_folder_with_the_run_json_of_another_program_is_refused(digits, tmp_path, content):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'run.json').write_text(content)
+    run = run_script('', digits, tmp_path)
+    assert run.exit_code == 2
+    assert_one_line(run.error, '--experiment', 'run.json')
+    assert (tmp_path / 'run' / 'run.json').read_text() == content
+
+
 # Ctrl-C
 
 

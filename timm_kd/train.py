@@ -135,13 +135,16 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     record = RunRecord(
         start.run_id,
         argv,
-        args.model,
-        student.model,
-        _pretrained_source(args),
-        data_config,
-        class_names(data.dataset),
-        kd,
+        dict(
+            model=args.model,
+            parameters=sum(p.numel() for p in student.model.parameters()),
+            num_classes=student.model.num_classes,
+            data_config={**data_config, 'input_size': list(data_config['input_size'])},
+            class_names=class_names(data.dataset),
+            pretrained_source=_pretrained_source(args),
+        ),
         task,
+        kd,
         eval_metric,
     )
     if start.epoch >= num_epochs:

@@ -33,10 +33,11 @@ def _flush(path: str | Path) -> None:
 class AtomicSaver(CheckpointSaver):
     """timm's `CheckpointSaver`, with files that are written aside, flushed and renamed over the old ones.
 
-    `run_state` goes into the checkpoint's `saver` entry: what an exact resume needs beyond timm's state, in plain
-    types and tensors. It holds `run_id`, `ranks` (what `gather_rank_states` returns), `ema_random`, `history` (the
-    results of the epochs so far) and, in a recovery file, `batch` (batches of the epoch that are done), `batches` (how
-    many it has) and `epoch_trained` (whether that is all of them).
+    Attributes:
+        run_state: What an exact resume needs beyond timm's state, in plain types and tensors; saved in the checkpoint's
+            `saver` entry. It holds `run_id`, `ranks` (what `gather_rank_states` returns), `ema_random`, `history` (the
+            results of the epochs so far) and, in a recovery file, `batch` (how many batches of its epoch are done),
+            `batches` (how many the epoch has) and `epoch_trained` (whether all of them are done).
     """
 
     def __init__(self, *args, **kwargs):
@@ -45,7 +46,7 @@ class AtomicSaver(CheckpointSaver):
         self._bookkeeping_only = False
 
     def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
-        """Returns timm's bookkeeping and the run state."""
+        """Return timm's bookkeeping and the run state."""
         return dict(super().state_dict(epoch, metric), run_state=self.run_state)
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
@@ -87,9 +88,9 @@ class AtomicSaver(CheckpointSaver):
             self._bookkeeping_only = False
 
     def continue_from(self, checkpoint_path: str) -> None:
-        """Takes up the history of the run that wrote `last` or a recovery file into this folder.
+        """Take up the bookkeeping of the run that wrote a checkpoint, `last` or a recovery file, into this folder.
 
-        A kill may have cut the save between writing `last` and ranking it, so the ranking is done again.
+        A kill may have come between the writing of `last` and its ranking, so `last` is ranked once more.
         """
         state = load_checkpoint_metadata(checkpoint_path).get('saver')
         if state is None:  # a checkpoint of an older timm
@@ -107,7 +108,7 @@ class AtomicSaver(CheckpointSaver):
 
 
 def find_recoveries(folder: str | Path) -> list[Path]:
-    """Returns the recovery files of a folder, oldest in training first."""
+    """Return the recovery files of a folder, oldest in training first."""
     found = {path: _RECOVERY_FILE.fullmatch(path.name) for path in Path(folder).glob('recovery-*.pth.tar')}
     return sorted(
         (path for path, match in found.items() if match),

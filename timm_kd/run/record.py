@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..cli import KDSettings
+from ..errors import UsageError
 from ..files import write_atomically
 from ..task import KDTask
 from ..version import __version__
@@ -20,9 +21,16 @@ TIMM_COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'l
 
 
 def read_run_id(folder: str | Path) -> str | None:
-    """Returns the id of the run that a folder belongs to, or None where this script has not written it."""
+    """Return the id of the run that a folder belongs to, or None for a folder that this script has not written.
+
+    Raises:
+        UsageError: If its run.json is another program's.
+    """
     path = Path(folder, 'run.json')
-    return json.loads(path.read_text())['run_id'] if path.exists() else None
+    try:
+        return json.loads(path.read_text())['run_id'] if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'--experiment: {path} is not of this script: remove it, or take another name.') from error
 
 
 class RunRecord:
@@ -31,13 +39,11 @@ class RunRecord:
     Args:
         run_id: The id that the run's checkpoints bear.
         argv: The command line, without the program's name.
-        model: Name of the student's architecture.
-        student: The student.
-        pretrained_source: Where the student's initial weights came from, or None for none.
-        data_config: timm's data config of the images.
-        class_names: Names of the classes, or None.
+        student: The entry of the student: `model` (the architecture), `parameters` (how many), `num_classes`,
+            `data_config` (timm's), `class_names` and `pretrained_source` (where its first weights came from), the last
+            two None where there are none.
+        task: The task, with the teacher and the loss where there are any.
         kd: The distillation, or None.
-        task: The task.
         eval_metric: The metric that ranks checkpoints.
     """
 
@@ -45,13 +51,9 @@ class RunRecord:
             self,
             run_id: str,
             argv: list[str],
-            model: str,
-            student: nn.Module,
-            pretrained_source: str | None,
-            data_config: dict[str, Any],
-            class_names: list[str] | None,
-            kd: KDSettings | None,
+            student: dict[str, Any],
             task: nn.Module,
+            kd: KDSettings | None,
             eval_metric: str,
     ):
         self.content: dict[str, Any] = {
@@ -60,14 +62,7 @@ class RunRecord:
             'timm': timm.__version__,
             'torch': torch.__version__,
             'command': shlex.join(['train-kd', *argv]),
-            'student': {
-                'model': model,
-                'parameters': sum(p.numel() for p in student.parameters()),
-                'num_classes': student.num_classes,
-                'data_config': {**data_config, 'input_size': list(data_config['input_size'])},
-                'class_names': class_names,
-                'pretrained_source': pretrained_source,
-            },
+            'student': student,
             'teacher': None,
             'loss': _loss_record(kd, task) if kd is not None else None,
             'eval_metric': eval_metric,
@@ -87,23 +82,23 @@ class RunRecord:
             ]
 
     def set_teacher_metrics(self, metrics: list[dict[str, float]]) -> None:
-        """Notes what each teacher reaches on the validation set."""
+        """Note what each teacher reaches on the validation set."""
         for teacher, result in zip(self.content['teacher'], metrics, strict=True):
             teacher.update(top1=result['top1'], top5=result['top5'])
 
     def set_best(self, epoch: int | None, metric: float | None) -> None:
-        """Notes the best epoch by the run's metric."""
+        """Note the best epoch by the run's metric."""
         if metric is not None:
             self.content['best'] = {'epoch': epoch, 'metric': metric}
 
     def read(self, folder: str | Path) -> None:
-        """Takes the content that a finished run left."""
+        """Take the content that a finished run left."""
         path = Path(folder, 'run.json')
         if path.exists():
             self.content = json.loads(path.read_text())
 
     def write(self, folder: str | Path) -> None:
-        """Writes run.json."""
+        """Write run.json."""
         write_atomically(Path(folder, 'run.json'), json.dumps(self.content, indent=2) + '\n')
 
 
@@ -118,11 +113,12 @@ def _loss_record(kd: KDSettings, task: KDTask) -> dict[str, Any]:
 
 
 class Summary:
-    """The table of a run's epochs, rewritten whole with each row, so that no kill leaves half a row.
+    """The table of a run's epochs; the file is written anew with each row, so that no kill leaves half a row.
 
     Args:
         path: The CSV file.
-        start_epoch: Rows at or after this epoch are of an interrupted or an older run, and go.
+        start_epoch: The first epoch that the run trains. Rows of it and of later epochs were written by an interrupted
+            or an older run, and are dropped.
     """
 
     def __init__(self, path: str | Path, start_epoch: int = 0):
@@ -135,7 +131,7 @@ class Summary:
             os.remove(self.path)
 
     def append(self, epoch: int, train: dict[str, float], eval: dict[str, float] | None, lr: float) -> dict:
-        """Adds an epoch and returns its row, with the columns in the order of the file."""
+        """Add an epoch and returns its row, with the columns in the order of the file."""
         values = {'epoch': epoch, **{f'train_{name}': value for name, value in train.items()}}
         values.update({f'eval_{name}': value for name, value in (eval or {}).items()})
         values['lr'] = lr

@@ -1,8 +1,8 @@
 """Where a run starts, and all that a run takes up from the checkpoint of another one.
 
-A run of two ranks on the CPU that is resumed ends bit for bit as the uninterrupted one. Of three and more, the
-update after a resume may differ by rounding: DDP lays its gradient buckets out anew after its first backward, and the
-order of a sum of three follows the layout.
+A resumed run of one or two processes on the CPU ends bit for bit as the uninterrupted one. In a run of three and more,
+the first update after a resume may differ by rounding: DDP changes the layout of its gradient buckets after its first
+backward, and the order in which three gradients are summed follows the layout.
 """
 import logging
 import uuid
@@ -93,7 +93,7 @@ def _locate(source: str, output_dir: str, replayable: bool) -> tuple[str, str | 
 
 
 def read_checkpoint(path: str | Path, flag: str = '--resume') -> dict[str, Any]:
-    """Reads a training checkpoint without running any code in it; tensors stay on disk until they are used.
+    """Read a training checkpoint without running code that may be in it; tensors stay on disk until they are used.
 
     Raises:
         UsageError: If there is no such file, or it is truncated, no checkpoint, or would run code.
@@ -105,19 +105,19 @@ def read_checkpoint(path: str | Path, flag: str = '--resume') -> dict[str, Any]:
 
 
 def run_state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns the run state that `AtomicSaver` put into a checkpoint; empty for a checkpoint of timm's script."""
+    """Return the run state that `AtomicSaver` put into a checkpoint; empty for a checkpoint of timm's script."""
     return (checkpoint.get('saver') or {}).get('run_state') or {}
 
 
 def find_resume_point(folder: str | Path, run_id: str | None, replayable: bool) -> Path | None:
-    """Finds the checkpoint that is furthest into the run of this folder: `last.pth.tar` or its newest recovery file.
+    """Find the checkpoint of a folder that stands furthest in its run: `last.pth.tar` or the newest recovery file.
 
     Args:
         folder: The experiment's folder.
         run_id: The run that the folder belongs to; files of another run are passed over with a warning. None when
             timm's script wrote the folder.
-        replayable: Whether the data of an epoch can be taken up in its middle. Where it cannot, a recovery file
-            counts only if its epoch's training was complete.
+        replayable: Whether the data of an epoch can be taken up in its middle. Where it cannot, only a recovery file
+            counts that was written when its epoch's training was complete.
     """
     def furthest(paths: list[Path]) -> tuple[Path | None, int]:
         for path in reversed(paths):
@@ -135,7 +135,7 @@ def find_resume_point(folder: str | Path, run_id: str | None, replayable: bool) 
 
 
 def next_epoch(checkpoint: dict[str, Any]) -> int:
-    """Returns the epoch that follows a checkpoint of this script or of timm's; 0 when it holds weights alone."""
+    """Return the epoch that follows a checkpoint of this script or of timm's; 0 when it holds weights alone."""
     # timm's first format counted the epoch up before saving.
     return checkpoint['epoch'] + (checkpoint.get('version', 0) > 1) if 'epoch' in checkpoint else 0
 
@@ -146,7 +146,7 @@ def resume(
         optimizer: torch.optim.Optimizer | None = None,
         loss_scaler: Any = None,
 ) -> None:
-    """Loads a checkpoint of this script or of timm's into the task, its EMA, the optimizer and the loss scaler.
+    """Load a checkpoint of this script or of timm's into the task, its EMA, the optimizer and the loss scaler.
 
     Raises:
         UsageError: If the checkpoint does not fit the model.
@@ -160,7 +160,7 @@ def resume(
 
 
 def ema_random_state(task: TrainingTask) -> torch.Tensor | None:
-    """Returns the state of the EMA's private generator (timm rounds a bfloat16 EMA stochastically), if there is one."""
+    """Return the state of the EMA's private generator (timm rounds a bfloat16 EMA stochastically), if there is one."""
     ema = task.get_trainable_module(ema=True)
     return ema._sr_generator.get_state() if hasattr(ema, '_sr_generator') else None
 
@@ -204,10 +204,10 @@ def gather_rank_states(state: dict[str, Any], process: Process) -> list[dict[str
 
 
 def restore_rank_state(task: TrainingTask, states: list[dict[str, Any]], rank: int, world_size: int) -> None:
-    """Gives a rank its random streams and its buffers back.
+    """Give a process its random streams and its buffers back.
 
-    Where the number of ranks is another one, a rank keeps the checkpoint's buffers, which are rank 0's, and a rank that
-    was not there before keeps the random streams that `--seed` gave it.
+    In a run of another number of processes, all keep the buffers of the checkpoint itself, which are those of rank 0,
+    and a process of a rank that the checkpoint does not know keeps the random streams that `--seed` gave it.
     """
     if states and len(states) != world_size:
         _logger.warning(
@@ -223,7 +223,9 @@ def restore_rank_state(task: TrainingTask, states: list[dict[str, Any]], rank: i
 
 
 def restored_totals(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-    """Returns the sums that a rank goes on with: its own, or an even share where the number of ranks is another one."""
+    """Return the sums of the epoch that a process goes on with: its own, or an even share of all in a run of another
+    number of processes.
+    """
     totals = [state['totals'] for state in states]
     if len(totals) == world_size:
         return totals[rank]
@@ -236,7 +238,7 @@ def restored_totals(states: list[dict[str, Any]], rank: int, world_size: int) ->
 
 
 def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
-    """Returns the buffers that checkpoints hold, of the model and of its EMA."""
+    """Return the buffers that checkpoints hold, of the model and of its EMA."""
     found = {}
     for part, ema in (('model', False), ('ema', True)):
         module = task.get_trainable_module(ema=ema)
