@@ -47,17 +47,17 @@ class StepSettings:
     reference_batch_size: float = 1.0
 
     def place(self, input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Brings a batch of a loader without prefetcher to the device."""
+        """Bring a batch of a loader without prefetcher to the device."""
         if self.prefetched:
             return input, target
         return input.to(device=self.device, dtype=self.dtype), target.to(device=self.device)
 
     def arrange(self, input: torch.Tensor) -> torch.Tensor:
-        """Puts images into the model's memory format."""
+        """Put images into the model's memory format."""
         return input.contiguous(memory_format=torch.channels_last) if self.channels_last else input
 
     def loss_scale(self, batch_size: int) -> float:
-        """Returns the factor that the loss of a batch of this size gets for backward."""
+        """Return the factor that the loss of a batch of this size gets for backward."""
         if self.batch_loss_scale == 'none':
             return 1.0
         ratio = batch_size / self.reference_batch_size
@@ -107,7 +107,7 @@ def train_one_epoch(
         first_batch: int = 0,
         on_update: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
-    """Trains for an epoch, step for step as timm's script does.
+    """Train for an epoch, step for step as timm's script does.
 
     Nothing in a step waits for the device: losses are summed there in float64 and read when `on_update` asks.
 
@@ -170,7 +170,7 @@ def train_one_epoch(
 
 
 def _timed(loader: torch.utils.data.DataLoader, first_batch: int) -> Iterator[tuple[int, tuple, float]]:
-    """Enumerates the batches with the seconds that each was waited for."""
+    """Enumerate the batches with the seconds that each was waited for."""
     start = time.time()
     for batch_idx, batch in enumerate(loader, start=first_batch):
         yield batch_idx, batch, time.time() - start

@@ -21,7 +21,7 @@ _logger = logging.getLogger('train')
 
 
 def setup_logging(primary: bool = True) -> None:
-    """Logs to the console as timm's script does; other processes than the primary report errors alone."""
+    """Log to the console as timm's script does; other processes than the primary report errors alone."""
     if not logging.root.handlers:
         setup_default_logging()
     logging.root.setLevel(logging.INFO if primary else logging.ERROR)
@@ -59,7 +59,7 @@ class RunLog:
         self._wandb = _wandb_run(wandb_options) if self.primary and wandb_options is not None else None
 
     def start(self, total_updates: int) -> None:
-        """Opens the progress bar, where stderr is a terminal that can show one."""
+        """Open the progress bar, where stderr is a terminal that can show one."""
         if self.primary and sys.stderr is not None and sys.stderr.isatty():
             self._stack.enter_context(logging_redirect_tqdm())
             known_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in some containers
@@ -67,7 +67,7 @@ class RunLog:
             self._bar = self._stack.enter_context(tqdm(total=total_updates, unit='step', **size))
 
     def close(self) -> None:
-        """Closes the bar and the writers."""
+        """Close the bar and the writers."""
         self._stack.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -75,17 +75,17 @@ class RunLog:
             self._wandb.finish()
 
     def is_due(self, progress: Progress) -> bool:
-        """Tells whether an update is one that is logged, on any rank: reading the losses is collective."""
+        """Tell whether an update is one that is logged, on any rank: reading the losses is collective."""
         return progress.update_idx % self.log_interval == 0 or progress.update_idx == progress.updates_per_epoch - 1
 
     def step(self, progress: Progress) -> None:
-        """Counts an update on the bar."""
+        """Count an update on the bar."""
         if self._bar is not None:
             self._bar.set_description(f'epoch {progress.epoch}', refresh=False)
             self._bar.update()
 
     def train(self, progress: Progress, totals: StepTotals, lr: float) -> None:
-        """Logs an update in timm's format, components of the loss behind it; waits for the device."""
+        """Log an update in timm's format, components of the loss behind it; waits for the device."""
         now, average = totals.latest(self.world_size), totals.averages(self.world_size)
         if not self.primary:
             return
@@ -129,7 +129,7 @@ class RunLog:
         return on_batch
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Sends a row of summary.csv to TensorBoard and Weights & Biases."""
+        """Send a row of summary.csv to TensorBoard and Weights & Biases."""
         if self._tensorboard is not None:
             for name, value in row.items():
                 if name != 'epoch':

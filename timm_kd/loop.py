@@ -94,7 +94,7 @@ class Loop:
         self._trained: dict[str, Any] = {}
 
     def restore(self, state: dict[str, Any], same_epoch: bool) -> None:
-        """Takes up the state that an exact resume needs beyond timm's.
+        """Take up the state that an exact resume needs beyond timm's.
 
         Args:
             state: The run state of the checkpoint that was resumed from; empty for one of timm's script.
@@ -111,12 +111,12 @@ class Loop:
                 self.lr_scheduler.step_update(num_updates=updates)
 
     def _place_in_epoch(self, batch: int, batches: int) -> int:
-        """Returns the batch to go on with; as far into the epoch where another global batch size divides it."""
+        """Return the batch to go on with: where the epoch has another number of batches now, one as far into it."""
         place = batch * len(self.data.loader) // batches
         return place if place == len(self.data.loader) else place - place % self.steps.grad_accum_steps
 
     def _num_updates(self, batches: int | None = None) -> int:
-        """Returns how many updates so many batches of an epoch make; by default, all of them."""
+        """Return how many updates so many batches of an epoch make; by default, all of them."""
         return -(-(len(self.data.loader) if batches is None else batches) // self.steps.grad_accum_steps)
 
     def run(self) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ class Loop:
         return self.stop.agreed or bool(interval and (update_idx + 1) % interval == 0)
 
     def _save_recovery(self, epoch: int, batches: int, own: dict[str, Any]) -> None:
-        """Saves where the run stands after so many batches of an epoch; after SIGTERM, it ends here."""
+        """Save where the run stands after so many batches of an epoch; after SIGTERM, it ends here."""
         update_idx, trained = self._num_updates(batches) - 1, batches == len(self.data.loader)
         ranks = gather_rank_states(own, self.process)
         if self.saver is not None:
@@ -269,7 +269,7 @@ class Loop:
             distribute_bn(model, self.process.world_size, self.settings.dist_bn == 'reduce')
 
     def _validate(self, epoch: int) -> dict[str, float]:
-        """Returns the metrics of the student, or of its EMA where there is one on the device."""
+        """Return the metrics of the student, or of its EMA where there is one on the device."""
         metrics = self._validate_model(epoch, self.task.get_eval_model(), 'Test')
         if self.task.has_ema() and self.settings.eval_ema:
             self._distribute_bn(self.task.get_trainable_module(ema=True))
@@ -303,7 +303,7 @@ class Loop:
 
 
 def print_results(history: list[dict[str, Any]], best_epoch: int | None, **further: Any) -> None:
-    """Prints the `--result` block that timm's tools parse from the end of stdout."""
+    """Print the `--result` block, which ends stdout: all epochs, the best one, and what else is given."""
     results = {'all': history, **further}
     best = next((result for result in history if result['epoch'] == best_epoch), None)
     if best is not None:

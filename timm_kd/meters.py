@@ -51,7 +51,7 @@ class StepTotals:
             batch_idx: int,
             samples: int,
     ) -> None:
-        """Adds a batch: `loss` of it, divided by `divisor` for accumulation, the other scalars from `result`."""
+        """Add a batch: `loss` of it, divided by `divisor` for accumulation, the other scalars from `result`."""
         names = ('loss', *(name for name in result if name not in ('loss', 'output')))
         if not self.names:
             self._start(names)
@@ -68,11 +68,11 @@ class StepTotals:
         self.count += samples * ~any_bad
 
     def averages(self, world_size: int = 1) -> dict[str, float]:
-        """Returns the mean of each scalar over the samples so far, averaged over the ranks."""
+        """Return the mean of each scalar over the samples so far, averaged over the ranks."""
         return self._read(self.sums / self.count, world_size)
 
     def latest(self, world_size: int = 1) -> dict[str, float]:
-        """Returns each scalar of the last batch, averaged over the ranks."""
+        """Return each scalar of the last batch, averaged over the ranks."""
         return self._read(self.last, world_size)
 
     def _read(self, values: torch.Tensor, world_size: int) -> dict[str, float]:
@@ -105,11 +105,11 @@ class StepTotals:
         raise NonFiniteLoss(epoch, bad[component], f'{component} is not finite')
 
     def state_dict(self) -> dict:
-        """Returns the running sums for a recovery checkpoint."""
+        """Return the running sums for a recovery checkpoint."""
         return {'names': list(self.names), 'sums': self.sums.tolist(), 'count': self.count.item()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up the sums of an interrupted epoch."""
+        """Take up the sums of an interrupted epoch."""
         self._start(tuple(state['names']))
         self.sums += torch.tensor(state['sums'], dtype=self.dtype, device=self.device)
         self.count.fill_(state['count'])

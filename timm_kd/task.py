@@ -83,17 +83,17 @@ class KDTask(ClassificationTask):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the ramp of the distillation term for the epoch under way, counted from 1."""
+        """Set the ramp of the distillation term for the epoch under way, counted from 1."""
         self.ramp.fill_(min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0)
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
-        """Compiles the student and the teacher; returns the student as validation and checkpoints see it."""
+        """Compile the student and the teacher; return the student as validation and checkpoints see it."""
         if hasattr(self.teacher, 'compile'):
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
         return super().compile(backend=backend, mode=mode, **compile_kwargs)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Computes the training loss of a batch.
+        """Compute the training loss of a batch.
 
         Args:
             input: Images `[B, in_chans, H, W]`, normalised for the student.
