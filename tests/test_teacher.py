@@ -1,8 +1,10 @@
 """The teacher itself: equal to timm's, frozen, in its own precision, and found out when it is broken."""
 
 import copy
+import functools
 import json
 
+import helpers
 import pytest
 import timm
 import torch
@@ -18,9 +20,7 @@ from timm_kd.teacher.fast import is_convolutional, resolve_dtype
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
-def build(name: str = 'test_resnet', num_classes: int = 7, seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+build = functools.partial(helpers.build, num_classes=7)
 
 
 def batch(size: int = 32, chans: int = 3, n: int = 4) -> torch.Tensor:

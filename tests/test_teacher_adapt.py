@@ -1,5 +1,8 @@
 """Images for the teacher: another normalisation, another size, other channels."""
 
+import functools
+
+import helpers
 import numpy as np
 import pytest
 import timm
@@ -28,9 +31,7 @@ def adapter(in_chans=3, student=HALF, chans=3, teacher=IMAGENET, **kwargs) -> In
     return InputAdapter(in_chans, student['mean'], student['std'], chans, teacher['mean'], teacher['std'], **kwargs)
 
 
-def build(name: str, **kwargs) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **{'num_classes': 5, **kwargs}).eval()
+build = functools.partial(helpers.build, num_classes=5)
 
 
 def test_images_arrive_as_the_teachers_own_loader_would_give_them():

@@ -1,7 +1,9 @@
 """No GPU is needed to see that a teacher would run on one: no host sync in a step, and no tensor of another device."""
 
+import functools
+
+import helpers
 import pytest
-import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,9 +15,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 OF_THE_STUDENT = {'mean': (0.1, 0.2, 0.3), 'std': (0.2, 0.3, 0.4)}
 
 
-def build(name: str = 'test_resnet') -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, num_classes=5).eval()
+build = functools.partial(helpers.build, num_classes=5)
 
 
 @pytest.fixture(params=['renormalised', 'resized', 'class map', 'ensemble'])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import build
 from hub_server import Hub
 from huggingface_hub.errors import GatedRepoError, Response
 from huggingface_hub.utils import get_session, hf_raise_for_status
@@ -30,15 +31,10 @@ for spec in sys.argv[1:]:
 '''
 
 
-def build() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model('test_resnet', num_classes=5).eval()
-
-
 @pytest.fixture(scope='module')
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp('model')
-    timm.models.save_for_hf(build(), folder, safe_serialization='both')
+    timm.models.save_for_hf(build(num_classes=5), folder, safe_serialization='both')
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     with Hub({TOKEN: 'me'}) as hub:
         hub.create('org/public').commit('main', 'add model', files)
@@ -84,7 +80,7 @@ def answers(hub, tmp_path_factory) -> dict[str, str]:
 def assert_loaded(answer: str) -> None:
     assert not answer.startswith('refused'), answer
     with torch.no_grad():
-        expected = build()(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))[0]
+        expected = build(num_classes=5)(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))[0]
     torch.testing.assert_close(torch.tensor([float(w) for w in answer.split()]), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,12 +1,14 @@
 """Where a teacher may come from, and what is said when it cannot be had."""
 
 import argparse
+import functools
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import safetensors.torch
 import timm
@@ -20,9 +22,7 @@ from timm_kd.teacher.spec import locate, warn_of_bce
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def build(name: str = 'test_resnet', seed: int = 0, **kwargs) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model(name, **{'num_classes': 5, **kwargs}).eval()
+build = functools.partial(helpers.build, num_classes=5)
 
 
 @torch.no_grad()
@@ -230,17 +230,9 @@ def test_advice_to_switch_off_weights_only_is_not_quoted(folder, in_folder):
     assert 'weights_only' not in str(refused.value)
 
 
-class RunsCode:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f'touch {self.path}',)
-
-
 @pytest.mark.parametrize('legacy', [False, True])
 def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy):
-    state = {**build().state_dict(), 'extra': RunsCode(tmp_path / 'ran')}
+    state = {**build().state_dict(), 'extra': helpers.RunsCode(tmp_path / 'ran')}
     torch.save(state, tmp_path / 'weights.pth', _use_new_zipfile_serialization=not legacy)
     with pytest.raises(UsageError, match=r"weights\.pth' .*posix\.system.*could run code; it was refused"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
@@ -249,7 +241,7 @@ def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy
 
 def test_folder_with_a_pickle_that_would_run_code_runs_nothing(folder):
     (folder / 'model.safetensors').unlink()
-    torch.save({'extra': RunsCode(folder / 'ran')}, folder / 'pytorch_model.bin')
+    torch.save({'extra': helpers.RunsCode(folder / 'ran')}, folder / 'pytorch_model.bin')
     with pytest.raises(UsageError, match="teacher '"):
         Teacher(str(folder), 5)
     assert not (folder / 'ran').exists()
@@ -373,11 +365,7 @@ def test_folder_with_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tm
     folder, ran = tmp_path / 'teacher', tmp_path / 'ran'
     timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=7), folder, safe_serialization=False)
 
-    class RunsCode:
-        def __reduce__(self):
-            return os.mkdir, (str(ran),)
-
-    torch.save({'fc.weight': RunsCode()}, folder / 'pytorch_model.bin')
+    torch.save({'fc.weight': helpers.RunsCode(ran)}, folder / 'pytorch_model.bin')
     with pytest.raises(UsageError, match='could run code.*safetensors'):
         Teacher(f'local-dir:{folder}', 7)
     assert not ran.exists()
