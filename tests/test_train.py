@@ -113,6 +113,13 @@ def test_flags_of_timm_go_with_a_teacher(flags, train, digits_teacher):
     assert 'eval_agreement' in run.rows[0]
 
 
+def test_ema_that_is_forced_to_the_cpu_is_saved_but_the_student_is_validated(train):
+    plain = train('--kd-loss tfnkd --epochs 2', 'plain')
+    run = train('--kd-loss tfnkd --epochs 2 --model-ema --model-ema-decay 0.5 --model-ema-force-cpu')
+    assert run.rows == plain.rows
+    assert 'state_dict_ema' in run.checkpoint()
+
+
 def test_loss_flag_names_the_task_loss_as_its_older_switch_does(train):
     named, switched, default = (train(f'{flag} {STILL}', f'loss {flag}') for flag in ('--loss bce', '--bce-loss', ''))
     assert named.rows == switched.rows
