@@ -1,1 +1,0 @@
-from helpers import Process as Run  # noqa: F401

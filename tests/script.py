@@ -1,1 +1,0 @@
-from helpers import BASE, STILL, Run, run_script  # noqa: F401
