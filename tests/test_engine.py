@@ -86,6 +86,21 @@ def test_non_finite_loss_names_epoch_batch_and_component():
         totals.check_finite(2)
 
 
+def test_first_batch_of_several_bad_ones_is_named_the_very_first_too():
+    totals, nan = StepTotals(CPU), torch.tensor(float('nan'))
+    for batch_idx in range(3):
+        totals.update({'loss': nan, 'kd_loss': nan}, nan, 1, batch_idx, samples=4)
+    with pytest.raises(NonFiniteLoss, match='epoch 5, batch 0: kd_loss is not finite'):
+        totals.check_finite(5)
+
+
+@pytest.mark.parametrize('divisor', [1, 2, 3])
+def test_loss_of_a_batch_is_whole_under_accumulation(divisor):
+    totals, loss = StepTotals(CPU), torch.tensor(1.5)
+    totals.update({'loss': loss, 'task_loss': loss}, loss / divisor, divisor, 0, samples=4)
+    assert totals.latest() == totals.averages() == {'loss': 1.5, 'task_loss': 1.5}
+
+
 def test_loss_scaler_may_skip_a_few_batches_in_a_row():
     task, totals = Diverging(), StepTotals(CPU)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)

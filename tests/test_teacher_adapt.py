@@ -113,6 +113,19 @@ def test_size_that_a_built_model_cannot_take_is_refused():
         Teacher(build('test_vit', dynamic_img_size=False), 5, img_size=64)
 
 
+def test_grey_images_without_a_normalisation_are_taken_for_the_teachers_average():
+    unknown = {'mean': None, 'std': None}
+    average = {key: (sum(values) / 3,) for key, values in IMAGENET.items()}
+    seen = adapter(in_chans=1, student=unknown)(normalised(picture(1), **average))
+    torch.testing.assert_close(seen, normalised(picture(1).expand(-1, 3, -1, -1), **IMAGENET), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('known', ['mean', 'std'])
+def test_images_of_half_a_normalisation_are_taken_for_the_teachers(known):
+    images = normalised(picture(), **IMAGENET)
+    assert torch.equal(adapter(student={'mean': None, 'std': None, known: HALF[known]})(images), images)
+
+
 def test_fixed_size_model_is_built_for_the_asked_size(tmp_path):
     timm.models.save_for_hf(build('test_vit'), tmp_path, safe_serialization=True)
     teacher = Teacher(str(tmp_path), 5, img_size=64, dtype='float32')
