@@ -189,6 +189,13 @@ def test_milestones_epoch_and_the_last_one_are_validated_whatever_the_interval(t
     assert run.checkpoint('milestone-2.pth.tar')['metric'] == run.rows[0]['eval_top1']
 
 
+@pytest.mark.parametrize('flags', ['', '--sched-on-updates'])
+def test_start_epoch_begins_at_its_place_in_the_schedule(flags, train):
+    run = train(f'--kd-loss tfnkd --epochs 2 --start-epoch 1 --val-split "" {flags}')
+    (first,) = [line for line in run.log if line.startswith('Train: 1 [   0/5')]
+    assert 'LR: 1.500e-03' in first  # half of a cosine from 3e-3
+
+
 def test_stop_epoch_ends_the_run_on_the_schedule_of_all_epochs(train):
     run = train('--kd-loss tfnkd --epochs 4 --stop-epoch 2 --val-split ""')
     cosine = [0.5 * 3e-3 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (0, 1)]
