@@ -165,14 +165,14 @@ def test_ctrl_c_that_reaches_one_process_ends_all(digits, tmp_path):
 
 
 def interrupt_set_up(ranks: tuple[int, ...], argv: list[str]) -> None:
-    create_student = train.create_student
+    set_up = train.set_up
 
     def interrupted(*args):
         if int(os.environ.get('RANK', 0)) in ranks:
             os.kill(os.getpid(), signal.SIGINT)
-        return create_student(*args)
+        return set_up(*args)
 
-    train.create_student = interrupted
+    train.set_up = interrupted
     train.main(argv)
 
 

@@ -1,5 +1,4 @@
 """The teacher alone over the training data: its logits stored ahead of training, or compared with those stored."""
-import argparse
 import contextlib
 import logging
 import os
@@ -7,27 +6,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from timm.utils import random_seed
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .build import count_epochs, model_dtype, step_settings
-from .cache import open_cached_teacher
 from .cli import parse_args, resolve_kd
-from .data import TrainData
-from .engine import StepSettings, evaluate_teacher
 from .errors import UsageError, shortened
 from .files import open_regular
-from .process import Process, preserved_random_state, setup_process
-from .setup import create_data, create_student, settled
+from .process import setup_process
+from .setup import Setup, count_epochs, evaluate_run_teacher, open_cached_teacher, set_up
 from .teacher_cache import CachedTeacher
 from .teacher_cache.cached_teacher import epoch_rows
 from .teacher_cache.folder import ARGS_FILE, epoch_files, read_precision, read_rows
@@ -57,49 +50,43 @@ _TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """The data side of a training run and its cached teacher, without the student."""
-
-    args: argparse.Namespace
-    process: Process
-    data: TrainData
-    steps: StepSettings
+    """What a training run would show its teacher in some epochs, and that teacher."""
+    setup: Setup
     teacher: CachedTeacher
-    eval_loader: DataLoader | None
+    epochs: Sequence[int]
 
     @property
     def num_batches(self) -> int:
-        return len(self.data.loader)
+        return len(self.setup.data.loader)
 
     def images(self, epoch: int, first_batch: int = 0) -> Iterator[torch.Tensor]:
         """Yield the batches of images of an epoch, as the student of a training run gets them."""
-        self.data.set_epoch(epoch, first_batch)
-        off_epoch = self.args.mixup_off_epoch
-        self.data.set_mixup(not off_epoch or epoch < off_epoch)
-        for input, target in self.data.loader:
-            input, target = self.steps.place(input, target)
-            if self.data.mixup_fn is not None:
-                input, target = self.data.mixup_fn(input, target)
-            yield self.steps.arrange(input)
+        data, steps = self.setup.data, self.setup.steps
+        data.set_epoch(epoch, first_batch)
+        off_epoch = self.setup.args.mixup_off_epoch
+        data.set_mixup(not off_epoch or epoch < off_epoch)
+        for input, target in data.loader:
+            input, target = steps.place(input, target)
+            if data.mixup_fn is not None:
+                input, target = data.mixup_fn(input, target)
+            yield steps.arrange(input)
 
     def rows(self, epoch: int) -> np.ndarray:
         """Return the numbers of the rows that this rank reads in an epoch, `[N]`."""
-        return epoch_rows(self.data.loader.batch_sampler, self.teacher.by_position, epoch)
+        return epoch_rows(self.setup.data.loader.batch_sampler, self.teacher.by_position, epoch)
 
 
 def open_run(
         argv: list[str],
         epochs: Sequence[int] | None = None,
         live: bool = False,
-) -> tuple[TeacherRun, Sequence[int]]:
+) -> TeacherRun:
     """Build what a training run with these flags would show its teacher.
 
     Args:
         argv: The training flags.
         epochs: Epochs to be read; None: all of the schedule.
         live: Load the teacher even where all rows of these epochs are present.
-
-    Returns:
-        The run, and its epochs.
 
     Raises:
         UsageError: The flags make no run with a cache, or one of fewer epochs; or the cache does not fit them or the
@@ -109,26 +96,15 @@ def open_run(
     kd = resolve_kd(args)
     if not args.teacher_cache or kd is None or kd.teacher is None:
         raise UsageError('the flags of a training run are needed, --teacher SPEC and --teacher-cache DIR among them.')
-    process = setup_process(args.device, args.device_modules)
-    dtype = model_dtype(args)
-    random_seed(args.seed, process.rank)
-    # The student tells what its images are like, and is let go.
-    student = create_student(args, replace(process, device=torch.device('cpu')), None)
-    args, data_config = settled(args, student, process), student.data_config
-    del student
-    data, eval_loader = create_data(args, data_config, process, dtype)
-    scheduled = range(count_epochs(args, len(data.loader)))
+    setup = set_up(args, args_text, setup_process(args.device, args.device_modules), trains=False)
+    scheduled = range(count_epochs(setup))
     epochs = scheduled if epochs is None else epochs
     if max(epochs) not in scheduled and not live:
         raise UsageError(
             f'--epochs-range {min(epochs)} {max(epochs) + 1}: the flags schedule {len(scheduled)} epochs, raise '
             '--epochs.'
         )
-    teacher = open_cached_teacher(
-        args, args_text, kd, data_config, data, eval_loader, process, dtype, epochs, live, must_store=True,
-    )
-    steps = step_settings(args, process.device, dtype, data.reference_batch_size)
-    return TeacherRun(args, process, data, steps, teacher, eval_loader), epochs
+    return TeacherRun(setup, open_cached_teacher(setup, epochs, live, must_store=True), epochs)
 
 
 @torch.no_grad()
@@ -144,27 +120,27 @@ def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
     """
     if epochs_range is not None and not 0 <= epochs_range[0] < epochs_range[1]:
         raise UsageError(f'--epochs-range {epochs_range[0]} {epochs_range[1]}: holds no epoch; the first is 0.')
-    run, epochs = open_run(argv, None if epochs_range is None else range(*epochs_range))
+    run = open_run(argv, None if epochs_range is None else range(*epochs_range))
     with run.teacher:
         if run.teacher.teacher is not None:
-            _fill(run, epochs)
+            _fill(run)
 
 
-def _fill(run: TeacherRun, epochs: Sequence[int]) -> None:
-    args = run.args
+def _fill(run: TeacherRun) -> None:
+    args, epochs = run.setup.args, run.epochs
     if args.torchcompile:
         run.teacher.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if run.teacher.validation_key is not None:
-        run.teacher.validation(run.eval_loader, run.process.gather, lambda: _evaluate(run), tta=run.args.tta)
+        evaluate_run_teacher(run.setup, run.teacher)
     if args.teacher_cache_epochs:
         epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs})
     starts = {epoch: _first_absent(run, epoch) for epoch in epochs}
-    images_per_batch = args.batch_size * run.process.world_size
+    images_per_batch = args.batch_size * run.setup.process.world_size
     num_images = images_per_batch * sum(run.num_batches - start for start in starts.values())
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Bar and log lines share a terminal; a file gets the lines alone.
-        visible = run.process.primary and sys.stderr is not None and sys.stderr.isatty()
+        visible = run.setup.process.primary and sys.stderr is not None and sys.stderr.isatty()
         if visible:
             stack.enter_context(logging_redirect_tqdm())
         bar = stack.enter_context(tqdm(
@@ -172,7 +148,7 @@ def _fill(run: TeacherRun, epochs: Sequence[int]) -> None:
         ))
         for epoch, start in starts.items():
             for images in run.images(epoch, start) if start < run.num_batches else ():
-                with run.steps.autocast():
+                with run.setup.steps.autocast():
                     run.teacher(images)
                 bar.update(images_per_batch)
             _logger.info(f'Teacher cache: epoch {epoch} is stored.')
@@ -191,14 +167,7 @@ def _first_absent(run: TeacherRun, epoch: int) -> int:
     file = run.teacher.folder.open_epoch(epoch)
     absent = np.flatnonzero(~file.has(rows))
     file.close()
-    return int(absent[0]) // run.args.batch_size if len(absent) else run.num_batches
-
-
-def _evaluate(run: TeacherRun) -> tuple[list[dict[str, float]], torch.Tensor]:
-    with preserved_random_state():
-        return evaluate_teacher(
-            run.teacher.members, run.eval_loader, run.steps, tta=run.args.tta, distributed=run.process.distributed,
-        )
+    return int(absent[0]) // run.setup.args.batch_size if len(absent) else run.num_batches
 
 
 def verify(folder: str | Path, further: list[str], batches_per_epoch: int = 2) -> bool:
@@ -226,7 +195,7 @@ def verify(folder: str | Path, further: list[str], batches_per_epoch: int = 2) -
         config.write_text(yaml.safe_dump(_trusted_flags(folder)))
         # The loader reads ahead of the one batch that is compared: without workers, not far.
         argv = ['--config', str(config), '--teacher-cache', str(folder), '--val-split', '', '--workers', '0', *further]
-        run, _ = open_run(argv, epochs, live=True)
+        run = open_run(argv, epochs, live=True)
     with run.teacher:
         return all([_verify_epoch(run, epoch, batches_per_epoch) for epoch in epochs])
 
@@ -277,7 +246,7 @@ def _difference(run: TeacherRun, epoch: int, batch: int) -> float:
     teacher = run.teacher
     images = next(run.images(epoch, batch))
     stored = teacher(images)
-    with run.steps.autocast():
+    with run.setup.steps.autocast():
         computed = teacher.layout.unpack(teacher.layout.pack(teacher.teacher(images)))
     known = stored.isfinite()
     if (known != computed.isfinite()).any():

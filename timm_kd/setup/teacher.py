@@ -1,5 +1,4 @@
-"""args -> the cached teacher of a run: what its logits depend on, and whether the live teacher is needed at all."""
-import argparse
+"""Setup -> the teacher of a run: live, or one that stores its logits and may not be needed at all."""
 import json
 import logging
 import os
@@ -11,33 +10,82 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.data import DataLoader
 
-from .build import create_run_teacher
-from .cli import KDSettings
-from .data import DataConfig, TrainData
-from .errors import UsageError
-from .process import Process
-from .setup import augmentation_settings, image_mode
-from .teacher_cache import CachedTeacher, CacheFolder, RowLayout
-from .teacher_cache.cached_teacher import epoch_rows, num_predictions
-from .teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision
-from .teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_file, read_key
+from ..engine import evaluate_teacher
+from ..errors import UsageError
+from ..process import preserved_random_state
+from ..teacher import Teacher, TeacherEnsemble, create_teacher
+from ..teacher_cache import CachedTeacher, CacheFolder, RowLayout
+from ..teacher_cache.cached_teacher import epoch_rows, num_predictions
+from ..teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision
+from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_file, read_key
+from .base import Setup
+from .data import augmentation_settings, image_mode
 
 _logger = logging.getLogger(__name__)
 
 _PATHS = 'data', 'data_dir', 'class_map', 'teacher', 'teacher_class_map', 'pretrained_path', 'initial_checkpoint'
 
 
+def open_teacher(setup: Setup, epochs: Sequence[int]) -> Teacher | TeacherEnsemble | CachedTeacher | None:
+    """Load the teacher that the flags name, if they do, or open its stored logits (`--teacher-cache`).
+
+    Args:
+        setup: The set-up.
+        epochs: Epochs that the run will train.
+
+    Raises:
+        UsageError: If the teacher cannot be had, or its stored logits do not fit the run.
+    """
+    if setup.kd is None or setup.kd.teacher is None:
+        return None
+    return open_cached_teacher(setup, epochs) if setup.args.teacher_cache else _create_teacher(setup)
+
+
+def _create_teacher(setup: Setup) -> Teacher | TeacherEnsemble:
+    """Load the live teacher, without a draw from the training's random streams."""
+    args = setup.args
+    with setup.process.primary_first(), preserved_random_state():  # one download, which the other processes read
+        return create_teacher(
+            setup.kd.teacher,
+            num_classes=args.num_classes,
+            mean=setup.data_config['mean'],
+            std=setup.data_config['std'],
+            in_chans=setup.data_config['input_size'][0],
+            img_size=args.teacher_img_size,
+            device=setup.process.device,
+            dtype=setup.kd.teacher_dtype,
+            model=args.teacher_model,
+            model_kwargs=args.teacher_kwargs,
+            use_ema=args.teacher_ema,
+            class_map=args.teacher_class_map,
+            class_map_missing=args.teacher_class_map_missing,
+            compile_backend=args.teacher_compile,
+        )
+
+
+def evaluate_run_teacher(setup: Setup, teacher: torch.nn.Module) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """Evaluate the teacher on the validation images, or recall what is stored of that; no draw of training changes.
+
+    Returns:
+        The metrics of each member, and the classes `[N]` that the teacher predicts, in the loader's order.
+    """
+    args, process = setup.args, setup.process
+
+    def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
+        with preserved_random_state():
+            loader = setup.another_eval_loader()
+            return evaluate_teacher(
+                teacher.members, loader, setup.steps, tta=args.tta, distributed=process.distributed,
+            )
+
+    if not args.teacher_cache:
+        return evaluate()
+    return teacher.validation(setup.eval_loader, process.gather, evaluate, tta=args.tta)
+
+
 def open_cached_teacher(
-        args: argparse.Namespace,
-        args_text: str,
-        kd: KDSettings,
-        data_config: DataConfig,
-        data: TrainData,
-        eval_loader: DataLoader | None,
-        process: Process,
-        dtype: torch.dtype | None,
+        setup: Setup,
         epochs: Sequence[int],
         live: bool = False,
         must_store: bool = False,
@@ -45,14 +93,7 @@ def open_cached_teacher(
     """Open `--teacher-cache`, and load the live teacher if this run needs a row that is absent.
 
     Args:
-        args: The run's flags.
-        args_text: The same as YAML, kept in the folder for `verify`.
-        kd: The distillation.
-        data_config: timm's data config of the images.
-        data: The training data, with a replayable loader.
-        eval_loader: Validation loader, or None.
-        process: The process that trains.
-        dtype: Dtype of the images; None for float32.
+        setup: The set-up, with a replayable training loader.
         epochs: Epochs that the run will read.
         live: Load the live teacher in any case, to compare with what is stored, and throw nothing away.
         must_store: Whether a disk that fills up ends the run.
@@ -60,16 +101,17 @@ def open_cached_teacher(
     Raises:
         UsageError: The cache was filled for another run's data or teacher, is damaged, or does not fit the disk.
     """
-    _check_supported(args)
+    args, process, data, eval_loader = setup.args, setup.process, setup.data, setup.eval_loader
+    _check_supported(setup)
     if data.mixup_active:
-        _check_mixup_off(args, epochs)
+        _check_mixup_off(setup, epochs)
     by_position = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
     count = len(data.loader) * args.batch_size * process.world_size if by_position else len(data.dataset)
     layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
-    key = _cache_key(args, kd, data_config, data, by_position, count, process, dtype)
+    key = _cache_key(setup, by_position, count)
     rebuild = args.teacher_cache_rebuild and not live
     # Whether rows have to be thrown away depends on what the teacher says of itself, too.
-    teacher = create_run_teacher(args, kd, data_config, process) if live or rebuild else None
+    teacher = _create_teacher(setup) if live or rebuild else None
     with process.primary_first():  # it makes the folder, or clears it
         folder = CacheFolder(
             args.teacher_cache,
@@ -80,7 +122,7 @@ def open_cached_teacher(
             teacher=teacher.fingerprint() if teacher is not None and process.primary else None,
         )
     wanted = eval_loader is not None and not args.no_teacher_eval
-    validation = _validation_key(args, data_config, eval_loader, process.world_size) if wanted else None
+    validation = _validation_key(setup) if wanted else None
     sampler = data.loader.batch_sampler
 
     def cached(teacher: torch.nn.Module | None, members: Sequence[Any] = ()) -> CachedTeacher:
@@ -102,23 +144,24 @@ def open_cached_teacher(
     if not complete:
         folder.check_space(epochs)
     if teacher is None:
-        teacher = create_run_teacher(args, kd, data_config, process)
+        teacher = _create_teacher(setup)
         if process.primary:
             fingerprint = teacher.fingerprint()
-            _check_precision(folder.path, kd, fingerprint)
+            _check_precision(folder.path, setup.kd.teacher_dtype, fingerprint)
             folder.claim_teacher(fingerprint)
         process.barrier()
     if process.primary:
         names = 'source', 'model_name', 'num_params'
         folder.describe(
             [{name: getattr(member, name) for name in names} for member in teacher.members],
-            _from_anywhere(args_text),
+            _from_anywhere(setup.args_text),
         )
     return cached(teacher)
 
 
-def _check_supported(args: argparse.Namespace) -> None:
+def _check_supported(setup: Setup) -> None:
     """Refuse what stored logits cannot follow."""
+    args = setup.args
     cache = f'--teacher-cache {args.teacher_cache}'
     if os.name != 'posix':
         raise UsageError(f'{cache}: needs the file locks of Linux or macOS, leave it out.')
@@ -134,7 +177,8 @@ def _check_supported(args: argparse.Namespace) -> None:
         )
 
 
-def _check_mixup_off(args: argparse.Namespace, epochs: Sequence[int]) -> None:
+def _check_mixup_off(setup: Setup, epochs: Sequence[int]) -> None:
+    args = setup.args
     distinct, off = args.teacher_cache_epochs, args.mixup_off_epoch
     if distinct and off and distinct <= max(epochs, default=0):
         raise UsageError(
@@ -143,17 +187,9 @@ def _check_mixup_off(args: argparse.Namespace, epochs: Sequence[int]) -> None:
         )
 
 
-def _cache_key(
-        args: argparse.Namespace,
-        kd: KDSettings,
-        data_config: DataConfig,
-        data: TrainData,
-        by_position: bool,
-        count: int,
-        process: Process,
-        dtype: torch.dtype | None,
-) -> Key:
+def _cache_key(setup: Setup, by_position: bool, count: int) -> Key:
     """Collect everything that decides the pixels a row stands for, or the logits of those pixels."""
+    args, data_config, data, process = setup.args, setup.data_config, setup.data, setup.process
     on_device = args.reprob > 0 and not args.no_aug and not args.no_prefetcher
     key = {
         'versions': {name: version(name).split('+')[0] for name in ('timm', 'torchvision', 'pillow')},
@@ -164,12 +200,12 @@ def _cache_key(
             'mean': data_config['mean'],
             'std': data_config['std'],
             'mode': image_mode(args, data_config['input_size'][0]),
-            'dtype': str(dtype or torch.float32).removeprefix('torch.'),
+            'dtype': str(setup.dtype or torch.float32).removeprefix('torch.'),
             'prefetcher': not args.no_prefetcher,
-            **_augmentation(args, data_config),
+            **_augmentation(setup),
         },
         'erasing_device': process.device.type if on_device and args.remode != 'const' else None,
-        'teacher': _teacher_key(args, kd),
+        'teacher': _teacher_key(setup),
         'rows': {
             'by': 'position' if by_position else 'sample',
             'count': count,
@@ -188,16 +224,18 @@ def _cache_key(
     return key
 
 
-def _augmentation(args: argparse.Namespace, data_config: DataConfig) -> Key:
+def _augmentation(setup: Setup) -> Key:
     """Return the settings that act: a flag that another one switches off makes no other images."""
-    settings = augmentation_settings(args, data_config)
+    args = setup.args
+    settings = augmentation_settings(args, setup.data_config)
     if args.no_aug:
         return {name: settings[name] for name in ('no_aug', 'interpolation')}
     settings['train_crop_mode'] = settings['train_crop_mode'] or 'rrc'  # timm's default
     return {name: value for name, value in settings.items() if args.reprob or not name.startswith('re_')}
 
 
-def _teacher_key(args: argparse.Namespace, kd: KDSettings) -> Key:
+def _teacher_key(setup: Setup) -> Key:
+    args, kd = setup.args, setup.kd
     specs = [kd.teacher] if isinstance(kd.teacher, str) else list(kd.teacher)
     class_map = args.teacher_class_map
     return {
@@ -229,10 +267,10 @@ def _requested_precision(folder: str, requested: str) -> str:
     return 'auto' if same else requested
 
 
-def _check_precision(folder: Path, kd: KDSettings, teacher: Key) -> None:
+def _check_precision(folder: Path, requested: str, teacher: Key) -> None:
     """Name the precision to give where `auto` is another one on this machine than it was on the one that filled."""
     stored, own = read_precision(folder), precision_of(teacher)
-    if kd.teacher_dtype == 'auto' and stored not in (None, own):
+    if requested == 'auto' and stored not in (None, own):
         raise UsageError(
             f'--teacher-cache {folder} was filled by a teacher in {stored}, and --teacher-dtype auto is {own} on this '
             f'machine: add --teacher-dtype {stored}.'
@@ -252,15 +290,11 @@ def _member_key(folder: str, number: int, spec: str) -> Key:
         return stored[number] if number < len(stored) else {}
 
 
-def _validation_key(
-        args: argparse.Namespace,
-        data_config: DataConfig,
-        eval_loader: DataLoader,
-        world_size: int,
-) -> str:
+def _validation_key(setup: Setup) -> str:
     """Collect what the teacher's validation depends on beside the teacher, as JSON."""
+    args, data_config, world_size = setup.args, setup.data_config, setup.process.world_size
     return json.dumps({
-        'dataset': fingerprint_dataset(eval_loader.dataset),
+        'dataset': fingerprint_dataset(setup.eval_loader.dataset),
         'images': {name: data_config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
         'crop_mode': data_config['crop_mode'],
         'mode': image_mode(args, data_config['input_size'][0]),

@@ -1,0 +1,186 @@
+"""args -> the data: what the flags are in the keywords of timm's data sets and loaders."""
+import argparse
+from typing import Any
+
+import torch
+from PIL import ImageMode
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..data import DataConfig, TrainData, create_datasets, create_eval_loader, create_train_data
+from ..errors import UsageError
+from ..process import Process
+
+
+def create_data(
+        args: argparse.Namespace,
+        data_config: DataConfig,
+        process: Process,
+        dtype: torch.dtype | None,
+) -> tuple[TrainData, DataLoader | None]:
+    """Create the training data and the validation loader, None without a validation split (`--val-split ''`).
+
+    Raises:
+        UsageError: If the data cannot be found or does not fit the flags.
+    """
+    train_set, eval_set = create_datasets(**dataset_kwargs(args, data_config))
+    data = create_train_data(train_set, **train_data_kwargs(args, data_config, process, dtype))
+    if eval_set is None:
+        return data, None
+    if args.tta and not isinstance(eval_set, IterableDataset):
+        # timm averages the outputs of neighbours, and cannot where the last batch leaves some over.
+        num_images = -(-len(eval_set) // process.world_size)
+        if num_images % args.tta:
+            raise UsageError(
+                f'--tta {args.tta}: the {num_images} images of --val-split {args.val_split} are no multiple of it, '
+                'take another number or leave it out.'
+            )
+    return data, create_eval_loader(eval_set, **eval_loader_kwargs(args, data_config, process, dtype))
+
+
+def dataset_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
+    """Return the keywords of `create_datasets`."""
+    return dict(
+        name=args.dataset,
+        root=args.data_dir or args.data,
+        num_classes=args.num_classes,
+        train_split=args.train_split,
+        val_split=args.val_split,
+        class_map=args.class_map,
+        train_num_samples=args.train_num_samples,
+        val_num_samples=args.val_num_samples,
+        repeats=args.epoch_repeats,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        input_img_mode=image_mode(args, data_config['input_size'][0]),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )
+
+
+def train_data_kwargs(
+        args: argparse.Namespace,
+        data_config: DataConfig,
+        process: Process,
+        dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Return the keywords of `create_train_data`."""
+    keywords = dict(
+        batch_size=args.batch_size,
+        use_multi_epochs_loader=args.use_multi_epochs_loader,
+        worker_seeding=args.worker_seeding,
+        replay_seed=args.seed if args.replayable_data else None,
+        replay_epochs=args.teacher_cache_epochs,
+        **augmentation_settings(args, data_config),
+        **_loading_kwargs(args, data_config, process, dtype),
+    )
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        keywords['mixup'] = dict(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.num_classes,
+        )
+    if args.train_img_sizes:
+        keywords.update(
+            input_size_choices=args.train_img_sizes,
+            batch_size_choices=args.train_batch_sizes,
+            batch_choice_weights=args.train_size_probs,
+            batch_choice_seed=args.seed,
+            batch_choice_schedule=args.train_size_schedule,
+            batch_schedule_epochs=args.epochs,
+            batch_schedule_spread=args.train_size_schedule_spread,
+            batch_schedule_random_mix=args.train_size_random_mix,
+            num_batches=args.train_batches_per_epoch,
+        )
+    return keywords
+
+
+def eval_loader_kwargs(
+        args: argparse.Namespace,
+        data_config: DataConfig,
+        process: Process,
+        dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Return the keywords of `create_eval_loader`."""
+    keywords = dict(
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        replayable=args.replayable_data,
+        **_loading_kwargs(args, data_config, process, dtype),
+    )
+    if process.distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
+        keywords['num_workers'] = min(2, args.workers)  # sharded readers: few workers keep the padding small
+    return keywords
+
+
+def augmentation_settings(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
+    """Return the keywords of `timm.data.create_loader` that decide how training images are augmented."""
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config['interpolation']
+    return dict(
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        interpolation=interpolation,
+    )
+
+
+def image_mode(args: argparse.Namespace, channels: int) -> str:
+    """Return the PIL mode of the images, timm's default for the model's channels where no flag says.
+
+    Raises:
+        UsageError: If PIL knows no such mode, or the model takes other channels.
+    """
+    mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError as error:
+        raise UsageError(f'--input-img-mode {mode}: PIL knows no such mode; RGB, L, RGBA, ... are needed.') from error
+    if bands != channels:
+        raise UsageError(
+            f'images of mode {mode} have {bands} channels, --model {args.model} takes {channels}: set --in-chans or '
+            '--input-img-mode.')
+    return mode
+
+
+def _loading_kwargs(
+        args: argparse.Namespace,
+        data_config: DataConfig,
+        process: Process,
+        dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Return the keywords of `timm.data.create_loader` that both splits share."""
+    return dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        distributed=process.distributed,
+        # From pageable memory the host waits for each copy to the GPU; where a batch lies changes no number.
+        pin_memory=args.pin_mem or (process.device.type == 'cuda' and not args.no_prefetcher),
+        img_dtype=dtype or torch.float32,
+        device=process.device,
+        use_prefetcher=not args.no_prefetcher,
+    )

@@ -1,0 +1,286 @@
+"""args -> the student: built as timm's script builds it, and refused where it cannot train on the run's images."""
+import argparse
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data.model_config import resolve_input_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import create_model, load_checkpoint, load_state_dict, resolve_model_input_args
+from timm.utils import set_jit_fuser
+from torch import nn
+from torch.func import functional_call
+
+from ..cli import resolve_kd
+from ..cli.messages import as_given
+from ..data import DataConfig
+from ..errors import UsageError, explain, few, shortened
+from ..files import load_file
+from ..process import Process, preserved_random_state
+from ..teacher.spec import nearest_model
+
+_logger = logging.getLogger(__name__)
+
+# What timm, torch, safetensors and the Hub client raise for a model or a file of weights that cannot be had.
+_BUILD_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, OSError, EOFError,
+    SafetensorError,
+)
+
+# timm leaves random what a file does not name; up to here it may be that the user wants it so.
+_LARGEST_RANDOM_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model to train and what it decides for the run.
+
+    Args:
+        model: The model, on its device.
+        data_config: timm's data config of its images: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`,
+            `crop_mode`.
+        num_classes: `--num-classes`, or the model's own where the flag leaves it to the model.
+    """
+    model: nn.Module
+    data_config: DataConfig
+    num_classes: int
+
+
+def create_student(
+        args: argparse.Namespace,
+        process: Process,
+        dtype: torch.dtype | None,
+) -> Student:
+    """Create the student as timm's script does, checked on images like those of the run.
+
+    Raises:
+        UsageError: If timm cannot build the model that the flags describe, or it cannot take the images.
+    """
+    if args.fuser:
+        set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    try:
+        model = _create_model(args)
+        _scale_head(model, args.head_init_scale, args.head_init_bias)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+        if process.primary:
+            _logger.info(f'Model {args.model} created, param count:{sum(p.numel() for p in model.parameters())}')
+        data_config = resolve_input_data_config(model, vars(args), verbose=process.primary)
+    except UsageError:
+        raise
+    except _BUILD_ERRORS as error:
+        raise UsageError(_why_not_built(args, error)) from error
+    num_classes = model.num_classes if args.num_classes is None else args.num_classes
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=process.device, dtype=dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if hasattr(model, 'dist_token') and resolve_kd(args) is not None:
+        # timm averages the two heads as long as nobody calls `set_distilled_training`, but the second is there to learn
+        # from the teacher alone, which no loss here does.
+        raise UsageError(
+            f'--model {args.model} has a distillation token, whose head gives a second set of logits in training, and '
+            'the distillation losses are defined on one: take a model without it (deit_tiny_patch16_224, say).'
+        )
+    _check_forward(args, model, data_config['input_size'], num_classes)
+    if process.distributed and args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        model = torch.jit.script(model)
+    return Student(model, data_config, num_classes)
+
+
+def _create_model(args: argparse.Namespace) -> nn.Module:
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
+    factory_args = resolve_model_input_args(
+        args.model,
+        vars(args),
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        pretrained_cfg_overlay=overlay,
+        **args.model_kwargs,
+    )
+    with _missing_keys() as missing:
+        model = create_model(
+            pretrained=args.pretrained,
+            pretrained_cfg_overlay=overlay,
+            scriptable=args.torchscript or None,
+            **factory_args,
+        )
+    if args.pretrained_path:
+        _check_pretrained(model, missing, args.pretrained_path, args.model)
+    if args.initial_checkpoint:
+        try:
+            load_checkpoint(model, args.initial_checkpoint)
+        except _BUILD_ERRORS as error:
+            _check_readable(args.initial_checkpoint, '--initial-checkpoint')
+            other_head = '--pretrained --pretrained-path takes all but the head of a file; '
+            raise UsageError(
+                f'--initial-checkpoint {args.initial_checkpoint} does not fit --model {args.model}: '
+                f'{other_head if "size mismatch" in str(error) else ""}{shortened(error)}'
+            ) from error
+    return model
+
+
+def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    if scale is None and bias is None:
+        return
+    head = model.get_classifier()
+    with torch.no_grad():
+        if scale is not None:
+            head.weight.mul_(scale)
+            head.bias.mul_(scale)
+        if bias is not None:
+            nn.init.constant_(head.bias, bias)
+
+
+def _check_forward(
+        args: argparse.Namespace,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        num_classes: int,
+) -> None:
+    """Show the student a batch of blank images for each size that is validated or trained on."""
+    splits = max(args.aug_splits, 2) if args.split_bn else 1
+    # Two images do for batch norm, if the batches of the run are as large; each split has its own.
+    smallest = min(2, args.batch_size, *args.train_batch_sizes or ())
+    channels, *size = input_size
+    training_sizes = [[side, side] for side in args.train_img_sizes or ()] or [size]
+    batches = [(False, (2 * splits, channels, *size))]
+    batches += [(True, (smallest * splits, channels, *sides)) for sides in training_sizes]
+    suspects = [
+        as_given(dest, getattr(args, dest))
+        for dest in ('input_size', 'img_size', 'train_img_sizes', 'in_chans', 'gp', 'model_kwargs')
+        if getattr(args, dest) not in (None, {})
+    ]
+    suspects += ['--batch-size 1'] if smallest == 1 else []
+    _check_batches(model, args.model, batches, num_classes, remedy=' or '.join(suspects or ['--img-size']))
+
+
+def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
+    """Tell the user what an error of timm, torch, safetensors or the Hub client means."""
+    if str(error).startswith('Unknown model'):
+        return f'--model {args.model} is no model of timm {timm.__version__}{nearest_model(args.model)}.'
+    if args.pretrained_path:
+        _check_readable(args.pretrained_path, '--pretrained-path')
+    elif isinstance(error, OSError) and not args.model.startswith('local-dir:'):
+        return f'--model {args.model}{" --pretrained" if args.pretrained else ""}: {explain(error, args.model)}'
+    source = f' --pretrained-path {args.pretrained_path}' if args.pretrained_path else ''
+    return f'--model {args.model}{source}: {shortened(error)}'
+
+
+def _check_readable(path: str, flag: str) -> None:
+    if Path(path).suffix in ('.npz', '.npy'):  # timm reads those by itself, without pickles
+        return
+    content = load_file(path, f'{flag} {path}')
+    if not isinstance(content, dict):
+        raise UsageError(f'{flag} {path} holds a {type(content).__name__}, not a checkpoint or a state dict.')
+
+
+@contextmanager
+def _missing_keys() -> Iterator[list[str]]:
+    """Collect the names of the weights that timm does not find in a pretrained file: it tells them to its log alone."""
+    logger = logging.getLogger('timm.models._builder')
+    own_level, threshold = logger.level, logger.getEffectiveLevel()
+    missing: list[str] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        report = re.match(r'Missing keys \((.*)\) discovered', record.getMessage())
+        missing.extend(report[1].split(', ') if report else ())
+        return record.levelno >= threshold
+
+    logger.addFilter(listen)
+    logger.setLevel(logging.INFO)
+    try:
+        yield missing
+    finally:
+        logger.setLevel(own_level)
+        logger.removeFilter(listen)
+
+
+def _check_pretrained(model: nn.Module, missing: Iterable[str], path: str, name: str) -> None:
+    """Refuse a file of `--pretrained-path` that has next to no weights for the model.
+
+    The head does not count: timm never takes it from such a file. Nor do vectors: they are biases and scales, which
+    start as constants.
+
+    Args:
+        model: The model that timm loaded the file into.
+        missing: Names of weights that the file lacks.
+        path: The file.
+        name: `--model`.
+
+    Raises:
+        UsageError: If more than nine tenths of the model's weights are random.
+    """
+    heads = model.pretrained_cfg.get('classifier') or ()
+    heads = tuple(f'{head}.' for head in ([heads] if isinstance(heads, str) else heads))
+    sizes = {
+        name: weight.numel() for name, weight in model.named_parameters()
+        if weight.ndim > 1 and not name.startswith(heads)
+    }
+    random = [name for name in missing if name in sizes]
+    if sum(sizes[name] for name in random) > _LARGEST_RANDOM_SHARE * sum(sizes.values()):
+        raise UsageError(
+            f'--pretrained-path {path} does not fit --model {name}: it lacks {few(random)} and holds '
+            f'{few(load_state_dict(path))}; name the model that it was saved from.'
+        )
+
+
+def _check_batches(
+        model: nn.Module,
+        name: str,
+        batches: Iterable[tuple[bool, Sequence[int]]],
+        num_classes: int,
+        remedy: str,
+) -> None:
+    """Refuse a student that fails on images of the run, or whose output a loss on logits cannot read.
+
+    Parameters, buffers and random streams are left as they were; the model's mode is that of the last batch.
+
+    Args:
+        model: The student, before it is scripted or its batch norm synchronised.
+        name: `--model`.
+        batches: Whether the model is in training mode, and the shape `[B, C, H, W]` of a batch of blank images.
+        num_classes: Classes of the data.
+        remedy: What to change if the model fails.
+
+    Raises:
+        UsageError: If the model cannot take such images, or its output is not a tensor `[B, num_classes]`.
+    """
+    parameter = next(model.parameters())
+    for training, shape in batches:
+        images = torch.zeros(*shape, device=parameter.device, dtype=parameter.dtype)
+        buffers = {key: value.clone() for key, value in model.named_buffers()}
+        try:
+            with preserved_random_state(), torch.no_grad():
+                output = functional_call(model.train(training), buffers, images)
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
+            raise UsageError(
+                f'--model {name} fails on images of {"x".join(map(str, shape[1:]))}, change {remedy}: '
+                f'{shortened(error)}'
+            ) from error
+        if not isinstance(output, torch.Tensor):
+            raise UsageError(
+                f'--model {name} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
+                'losses are defined on one set of logits: take a model, or --model-kwargs, without it.'
+            )
+        if output.shape != (len(images), num_classes):
+            raise UsageError(
+                f'--model {name} returns outputs of shape {tuple(output.shape[1:])} for an image, the losses need '
+                f'{num_classes} logits: leave --gp and --model-kwargs at their defaults.'
+            )

@@ -1,0 +1,150 @@
+"""Setup -> optimizer, schedule, task: what timm's factories and ours make of the flags for training."""
+import logging
+
+import torch
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import NativeScaler
+from torch import nn
+
+from ..cli.messages import as_given
+from ..errors import UsageError, shortened
+from ..loop import LoopSettings
+from ..losses import create_kd_loss
+from ..task import KDTask
+from .base import Setup
+
+_logger = logging.getLogger('train')
+
+
+def create_optimizer(setup: Setup) -> torch.optim.Optimizer:
+    """Create timm's optimizer of the student.
+
+    Raises:
+        UsageError: If the device lacks what `--opt-kwargs` asks for.
+    """
+    args = setup.args
+    try:
+        optimizer = create_optimizer_v2(setup.student, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except RuntimeError as error:  # the device has not what --opt-kwargs asks for (fused=True); the rest is checked
+        raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {shortened(error)}') from error
+    # timm's factory puts weight decay into the parameter groups and leaves a zero among the defaults.
+    defaults = {**optimizer.defaults, 'weight_decay': args.weight_decay}
+    _logger.info(
+        f'Created {type(optimizer).__name__} ({args.opt}) optimizer: '
+        + ', '.join(f'{name}: {value}' for name, value in defaults.items()))
+    return optimizer
+
+
+def create_loss_scaler(setup: Setup) -> NativeScaler | None:
+    """Create timm's loss scaler where float16 gradients need it: under `--amp` on a GPU."""
+    args, device = setup.args, setup.process.device
+    if args.amp:
+        _logger.info('Using native Torch AMP. Training in mixed precision.')
+    else:
+        _logger.info(f'AMP not enabled. Training in torch.{args.model_dtype or "float32"}.')
+    needs_one = args.amp and args.amp_dtype == 'float16' and device.type == 'cuda'
+    return NativeScaler(device=device.type) if needs_one else None
+
+
+def create_task(setup: Setup, teacher: nn.Module | None, optimizer: torch.optim.Optimizer) -> TrainingTask:
+    """Make timm's classification task, or `KDTask`, on the criterion that timm's script would use, with its EMA."""
+    args = setup.args
+    loss_type = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce')
+    criterion = create_classification_loss(
+        loss_type,
+        smoothing=args.smoothing,
+        soft_targets=setup.data.mixup_active and loss_type != 'jsd',
+        pos_weight=args.bce_pos_weight if loss_type == 'bce' else None,
+        bce_target_thresh=args.bce_target_thresh if loss_type == 'bce' else None,
+        bce_sum=args.bce_sum if loss_type == 'bce' else False,
+        jsd_splits=args.aug_splits,
+    )
+    kd, process = setup.kd, setup.process
+    if kd is None:
+        task = ClassificationTask(
+            setup.student, criterion, device=process.device, dtype=setup.dtype, verbose=process.primary,
+        )
+        return _with_ema(task, setup)
+    second_order = getattr(optimizer, 'is_second_order', False)
+    kd_loss = create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters)
+    task = KDTask(
+        setup.student,
+        kd_loss,
+        teacher=teacher,
+        criterion=criterion,
+        smoothing=args.smoothing,
+        task_loss_weight=kd.task_loss_weight,
+        distill_loss_weight=kd.distill_loss_weight,
+        warmup_epochs=kd.warmup_epochs,
+        device=process.device,
+        dtype=setup.dtype,
+        verbose=process.primary,
+    )
+    return _with_ema(task, setup)
+
+
+def _with_ema(task: TrainingTask, setup: Setup) -> TrainingTask:
+    args = setup.args
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+    return task
+
+
+def create_scheduler(setup: Setup, optimizer: torch.optim.Optimizer, start_epoch: int) -> tuple[Scheduler | None, int]:
+    """Create timm's scheduler, set to the start epoch, and return it with the number of epochs to train.
+
+    Raises:
+        UsageError: If the epoch has too few updates for the schedule.
+    """
+    args = setup.args
+    updates_per_epoch = -(-len(setup.data.loader) // setup.steps.grad_accum_steps)
+    decreasing = not args.val_split or args.eval_metric == 'loss'
+    try:
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(args, decreasing_metric=decreasing),
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:  # of wsd and rsqrt under --sched-on-updates; the rest is checked
+        raise UsageError(
+            f'--sched {args.sched} --sched-on-updates: {updates_per_epoch} updates an epoch leave less than one to '
+            'decay in, raise --decay-epochs or --epochs.'
+        ) from error
+    if scheduler is not None and start_epoch > 0:
+        if args.sched_on_updates:
+            scheduler.step_update(start_epoch * updates_per_epoch)
+        else:
+            scheduler.step(start_epoch)
+    if args.stop_epoch is not None:
+        num_epochs = min(num_epochs, args.stop_epoch)
+    return scheduler, num_epochs
+
+
+def count_epochs(setup: Setup) -> int:
+    """Return the number of epochs that the flags schedule, before there is an optimizer in the state to begin with."""
+    return create_scheduler(setup, torch.optim.SGD([torch.zeros(1)], lr=1.0), start_epoch=0)[1]
+
+
+def loop_settings(setup: Setup, start_epoch: int, num_epochs: int, eval_metric: str) -> LoopSettings:
+    """Return what the epochs of the run are like."""
+    args = setup.args
+    return LoopSettings(
+        num_epochs=num_epochs,
+        start_epoch=start_epoch,
+        val_interval=args.val_interval,
+        recovery_interval=args.recovery_interval,
+        mixup_off_epoch=args.mixup_off_epoch,
+        save_epochs=tuple(args.save_epochs or ()),
+        eval_metric=eval_metric,
+        eval_ema=not args.model_ema_force_cpu,
+        dist_bn=args.dist_bn,
+        tta=args.tta,
+    )
