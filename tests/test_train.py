@@ -17,7 +17,7 @@ from timm.utils import CheckpointSaver
 from timm_kd.cli import parse_args
 from timm_kd.losses import KD_LOSSES
 from timm_kd.process import Process
-from timm_kd.setup import eval_loader_kwargs
+from timm_kd.setup.data import eval_loader_kwargs
 
 TIMM_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
 COMPONENTS = {
