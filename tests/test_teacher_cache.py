@@ -535,6 +535,8 @@ def test_a_teacher_is_known_by_its_weights(tmp_path):
     assert fingerprint_teacher(str(weights)) != first
     tagged, other = (fingerprint_teacher(f'resnet34.{tag}') for tag in ('tv_in1k', 'a1_in1k'))
     assert tagged['weights'] != other['weights']
+    one, same, two = (fingerprint_teacher(spec) for spec in ('hf-hub:org/one', 'org/one', 'hf-hub:org/two'))
+    assert one == same != two
 
 
 @pytest.fixture(scope='module')
