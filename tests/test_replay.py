@@ -334,3 +334,12 @@ def test_the_order_is_that_of_torchs_distributed_sampler(length, world_size, dro
         ours.set_epoch(7)
         theirs.set_epoch(7)
         assert list(ours) == list(theirs) == ours.order().tolist()
+
+
+def test_streams_start_where_those_of_stored_epochs_and_checkpoints_did():
+    seed, expected = 0xfedc_ba98_7654_3210, torch.Generator().manual_seed(0x7f6e_5d4c_3b2a_1908)
+    generator = torch.Generator()
+    seed_generators(seed, generator)
+    assert random.random() == random.Random(seed).random()
+    assert np.random.rand() == np.random.RandomState(0x7654_3210).rand()
+    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=expected))
