@@ -1,0 +1,211 @@
+"""Runs that differ in their seed alone, as one group; groups beside each other, as a table."""
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from ..errors import UsageError
+from .runs import Run
+
+# Flags that say where a run lies, what it shows and what it runs on, but change no result.
+_WITHOUT_EFFECT = frozenset((
+    'output', 'experiment', 'workers', 'pin_mem', 'use_multi_epochs_loader', 'log_interval', 'recovery_interval',
+    'val_interval', 'save_epochs', 'checkpoint_hist', 'save_images', 'resume', 'no_resume_opt', 'start_epoch',
+    'local_rank', 'device', 'device_modules', 'synchronize_step', 'dataset_download', 'log_wandb', 'wandb_project',
+    'wandb_tags', 'wandb_resume_id', 'log_tensorboard', 'push_to_hub', 'hub_private', 'hub_license', 'hub_revision',
+    'no_teacher_eval', 'teacher_cache', 'teacher_cache_rebuild',
+))
+_FOLDERS = 'data', 'data_dir'  # a data set is known by the last part of its path
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return the flags of a run that may change its result, seed left out."""
+    settings = {name: value for name, value in run.args.items() if name not in _WITHOUT_EFFECT and name != 'seed'}
+    for name in _FOLDERS:
+        if settings.get(name):
+            settings[name] = Path(settings[name]).name
+    return settings
+
+
+def _without_distillation(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a training without distillation has too; stored logits alone imply replayable data."""
+    of_distillation = 'kd_', 'teacher', 'task_loss_weight', 'distill_loss_weight', 'replayable_data'
+    return {name: value for name, value in settings.items() if not name.startswith(of_distillation)}
+
+
+def _distils(settings: dict[str, Any]) -> bool:
+    return any(settings.get(name) for name in ('kd_loss', 'teacher', 'kd_model_name'))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the seeds of a group.
+
+    Attributes:
+        mean: The mean.
+        deviation: Standard deviation of the sample, None for a single run.
+        count: Number of runs that have the figure.
+    """
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> 'Spread | None':
+        """Return the spread of those values that are known, or None where none is."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        return cls(fmean(known), stdev(known) if len(known) > 1 else None, len(known))
+
+    def minus(self, other: 'Spread') -> 'Spread':
+        """Return the difference of two means; its deviation is the standard error of the difference."""
+        error = None
+        if self.deviation is not None and other.deviation is not None:
+            error = math.sqrt(self.deviation ** 2 / self.count + other.deviation ** 2 / other.count)
+        return Spread(self.mean - other.mean, error, min(self.count, other.count))
+
+    def __str__(self) -> str:
+        digits = 0 if abs(self.mean) >= 100 else 2
+        return f'{self.mean:.{digits}f}' + (f' ± {self.deviation:.{digits}f}' if self.deviation else '')
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same settings.
+
+    Attributes:
+        runs: The runs, in the order of their seeds.
+        settings: What they share.
+        label: The settings that tell the group from the others, for a legend.
+        different: The same by flag, `-` where a flag is unset.
+    """
+    runs: list[Run]
+    settings: dict[str, Any]
+    label: str
+    different: dict[str, str]
+
+    def spread(self, figure: Callable[[Run], float | None]) -> Spread | None:
+        """Return a figure of the runs over the seeds."""
+        return Spread.of(map(figure, self.runs))
+
+    @property
+    def state(self) -> str:
+        """The epochs done, and the state of the runs that are not done."""
+        done = sorted({run.epochs_done for run in self.runs})
+        states = sorted({run.state for run in self.runs} - {'done'})
+        epochs = f'{done[0]}' if len(done) == 1 else f'{done[0]}-{done[-1]}'
+        planned = max((run.epochs_planned or 0 for run in self.runs), default=0)
+        return f'{epochs} of {planned}, {", ".join(states)}' if states and planned else ', '.join([epochs, *states])
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """Put the runs that differ in their seed alone together, and find what tells the groups apart."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        # A run that died before it wrote its flags is alike to no other.
+        key = repr(sorted(settings_of(run).items())) if run.args else str(run.folder)
+        by_settings.setdefault(key, []).append(run)
+    settings = [settings_of(members[0]) for members in by_settings.values()]
+    known = [each for each in settings if each]
+    names = dict.fromkeys(name for each in known for name in each)
+    differing = [name for name in names if len({repr(each.get(name)) for each in known}) > 1]
+    groups = []
+    for members, own in zip(by_settings.values(), settings, strict=True):
+        members.sort(key=lambda run: (run.args.get('seed') or 0, str(run.folder)))
+        different = {name: _text(own.get(name)) or '-' for name in differing}
+        label = ' '.join(f'{name}={value}' for name, value in different.items() if value != '-')
+        if not own:
+            label = members[0].folder.name
+        elif not label:
+            label = str(own.get('model') or members[0].folder.name)
+        groups.append(Group(members, own, label, different))
+    return groups
+
+
+def _text(value: Any) -> str:
+    if value is None or value is False or value == '' or value == [] or value == {}:
+        return ''
+    if isinstance(value, dict):
+        return ' '.join(f'{key}={item}' for key, item in value.items())
+    if isinstance(value, list):
+        return ' '.join(map(_text, value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def last(column: str) -> Callable[[Run], float | None]:
+    """Return a function that gives a column of summary.csv after the last epoch of a run."""
+    return lambda run: next((row[column] for row in reversed(run.rows) if column in row), None)
+
+
+def best(column: str) -> Callable[[Run], float | None]:
+    """Return a function that gives the best value of a column of summary.csv, the least where it is a loss."""
+    def figure(run: Run) -> float | None:
+        values = [row[column] for row in run.rows if column in row]
+        return (min if is_loss(column) else max)(values) if values else None
+    return figure
+
+
+def is_loss(column: str) -> bool:
+    """Tell whether less is better."""
+    return column.endswith('loss') or column.startswith('train_')
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group in the table: its figures by column."""
+    group: Group
+    figures: dict[str, Spread | None]
+
+
+def tabulate(groups: list[Group], metric: str = 'eval_top1', baseline: Path | None = None) -> list[Row]:
+    """Compute the figures of each group, best first.
+
+    Args:
+        groups: The groups.
+        metric: A column of summary.csv, in which the groups are compared and sorted.
+        baseline: A run of the group that the others are compared with. By default each group has its own: the one
+            without distillation that is otherwise equal.
+
+    Raises:
+        UsageError: If no run has the metric, or the baseline is none of the runs.
+    """
+    columns = dict.fromkeys(column for group in groups for run in group.runs for row in run.rows for column in row)
+    if columns and metric not in columns:
+        raise UsageError(f'--metric {metric}: no summary.csv has such a column, they have {", ".join(columns)}.')
+    fixed = None
+    if baseline is not None:
+        fixed = next((group for group in groups
+                      if any(run.folder.resolve() == baseline.resolve() for run in group.runs)), None)
+        if fixed is None:
+            raise UsageError(f'--baseline {baseline}: none of the runs.')
+    rows = [_row(group, groups, metric, fixed) for group in groups]
+    sign = 1 if is_loss(metric) else -1
+    own = _last(metric)
+    return sorted(rows, key=lambda row: sign * row.figures[own].mean if row.figures[own] else math.inf)
+
+
+def _last(metric: str) -> str:
+    return f'last {metric.removeprefix("eval_")}'
+
+
+def _row(group: Group, groups: list[Group], metric: str, fixed: Group | None) -> Row:
+    own = group.spread(last(metric))
+    reference = fixed or _baseline_of(group, groups)
+    other = reference.spread(last(metric)) if reference is not None and reference is not group else None
+    return Row(group, {
+        f'best {metric.removeprefix("eval_")}': group.spread(best(metric)),
+        _last(metric): own,
+        'to baseline': own.minus(other) if own and other else None,
+        'teacher top1': group.spread(lambda run: run.teacher_top1),
+        'agreement': group.spread(last('eval_agreement')),
+        'images/s': group.spread(lambda run: run.images_per_second),
+    })
+
+
+def _baseline_of(group: Group, groups: list[Group]) -> Group | None:
+    wanted = _without_distillation(group.settings)
+    plain = (other for other in groups if other.settings and not _distils(other.settings))
+    return next((other for other in plain if _without_distillation(other.settings) == wanted), None)
