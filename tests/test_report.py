@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import Process
 
+from timm_kd.files import FolderLock
 from timm_kd.report.__main__ import main
 from timm_kd.report.groups import group_runs, tabulate
 from timm_kd.report.runs import find_runs
@@ -104,13 +106,28 @@ def test_unfinished_and_empty_runs_are_named_as_such(tmp_path, capsys):
     assert '1 of 3, stopped' in table and '0 of 3, empty' in table
 
 
-def test_run_that_a_process_trains_is_in_progress(tmp_path, capsys):
-    from timm_kd.run.record import lock_folder
+def report_of_a_locked_run(folder: Path) -> None:
+    # The lock is one of processes: the report has to be another one than the run.
+    with FolderLock() as lock:
+        assert lock.acquire(folder)
+        subprocess.run([sys.executable, '-m', 'timm_kd.report', str(folder)], check=True)
 
+
+def test_run_that_a_process_trains_is_in_progress(tmp_path):
     write_run(tmp_path / 'now', [50.0], epochs=3)
-    with lock_folder(tmp_path / 'now'):
-        assert main([str(tmp_path)]) == 0
-    assert '1 of 3, in progress' in capsys.readouterr().out
+    run = Process(report_of_a_locked_run, (tmp_path / 'now',), tmp_path / 'printed')
+    assert run.wait(60) == 0, run.stderr
+    assert '1 of 3, in progress' in run.stdout
+
+
+def test_run_of_the_script_records_the_time_and_the_images_of_its_epochs(train, capsys):
+    run = train('--epochs 2 --batch-size 16 --grad-accum-steps 2')
+    assert [(epoch['epoch'], epoch['images']) for epoch in run.record['timing']] == [(0, 160), (1, 160)]
+    assert all(0 < epoch['train_seconds'] < epoch['seconds'] for epoch in run.record['timing'])
+    assert run.record['num_epochs'] == 2
+    assert main([str(run.folder)]) == 0
+    top1 = f'{run.rows[-1]["eval_top1"]:.2f}'
+    assert top1 in capsys.readouterr().out.splitlines()[2]
 
 
 def test_folder_of_timms_script_without_run_json_is_reported(study, capsys):

@@ -1,6 +1,8 @@
 """The epochs of a run: train, validate, record, save; stop and take up anywhere."""
 import json
 import logging
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +70,8 @@ class Loop:
         summary: On the primary rank.
         teacher_predictions: The teacher's classes on the validation set, `[N]`.
         history: Results of the epochs that are done.
+        on_epoch: Called after each epoch with its number, its seconds, those of its training, and how many images of
+            all processes it trained on.
     """
     task: TrainingTask
     optimizer: torch.optim.Optimizer
@@ -84,10 +88,12 @@ class Loop:
     summary: Summary | None = None
     teacher_predictions: torch.Tensor | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    on_epoch: Callable[[int, float, float, int], None] = lambda epoch, seconds, train_seconds, images: None
 
     def __post_init__(self):
         self.first_batch = 0
         self.totals = StepTotals(self.steps.device)
+        self.images = 0
         self.stop = AgreedStop(self.process)
         self.interrupted = False
         self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
@@ -127,14 +133,18 @@ class Loop:
             self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
             try:
                 for epoch in range(settings.start_epoch, settings.num_epochs):
+                    started = time.monotonic()
                     self._train_epoch(epoch)
+                    trained = time.monotonic()
                     self._finish_epoch(epoch)
+                    self.on_epoch(epoch, time.monotonic() - started, trained - started, self.images)
             except KeyboardInterrupt:  # as timm's script, which goes on to its results
                 self.interrupted = True
                 _logger.warning('Interrupted: the results are those of the epochs so far.')
         return self.history
 
     def _train_epoch(self, epoch: int) -> None:
+        self.images = 0
         if not self.first_batch:
             self.totals = StepTotals(self.steps.device)
         self.data.set_epoch(epoch, self.first_batch)
@@ -171,6 +181,7 @@ class Loop:
 
     def _after_update(self, progress: Progress) -> None:
         self.log.step(progress)
+        self.images += progress.samples * self.process.world_size
         if self.skipped is not None:
             self.skipped.count_update()
         if self.log.is_due(progress):

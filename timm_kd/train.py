@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .logs import RunLog, setup_logging
 from .loop import Loop, print_results
 from .process import ending, setup_process
 from .run.checkpoint import AtomicSaver
-from .run.record import RunRecord, Summary
+from .run.record import RunRecord, Summary, read_timing
 from .run.resume import find_start, resume
 from .setup import (
     count_epochs,
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         task,
         setup.kd,
         eval_metric,
+        num_epochs,
+        read_timing(output_dir, start.epoch) if process.primary and start.in_place else (),
     )
     saver = summary = None
     if process.primary:
@@ -151,6 +154,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         summary=summary,
         teacher_predictions=teacher_predictions,
         history=history,
+        on_epoch=partial(_record_epoch, record, output_dir),
     )
     if args.start_epoch is None and not args.no_resume_opt:
         loop.restore(start.state, start.same_epoch)
@@ -226,6 +230,12 @@ def _create_saver(
         max_history=args.checkpoint_hist,
         task=task,
     )
+
+
+def _record_epoch(record: RunRecord, output_dir: str | None, *timing: float) -> None:
+    record.add_epoch(*timing)
+    if output_dir is not None:
+        record.write(output_dir)
 
 
 def _log_schedule(args: argparse.Namespace, num_epochs: int) -> None:

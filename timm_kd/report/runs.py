@@ -109,12 +109,26 @@ def read_run(folder: Path) -> Run:
         args=_read(folder / 'args.yaml', lambda text: yaml.load(text, _Loader), dict),
         rows=_read(folder / 'summary.csv', _read_rows, list),
         record=_read(folder / 'run.json', json.loads, dict),
-        alive=False,
+        alive=_is_training(folder),
     )
 
 
 def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in _MARKS)
+
+
+def _is_training(folder: Path) -> bool:
+    """Tell whether a process holds the lock that a run has on its folder (`timm_kd.files.FolderLock`)."""
+    try:
+        import fcntl
+
+        with open(folder / 'run.lock') as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, ImportError):  # no such file: nobody trains here; no locks: nobody can tell
+        return False
+    return False
 
 
 def _children(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def read_run_id(folder: str | Path) -> str | None:
         raise UsageError(f'--experiment: {path} is not of this script: remove it, or take another name.') from error
 
 
+def read_timing(folder: str | Path, before: int) -> list[dict[str, float]]:
+    """Return what the record of a folder says of the time that its epochs before a given one took."""
+    path = Path(folder, 'run.json')
+    timing = json.loads(path.read_text()).get('timing', []) if path.exists() else []
+    return [epoch for epoch in timing if epoch['epoch'] < before]
+
+
 class RunRecord:
     """The content of run.json.
 
@@ -45,6 +53,8 @@ class RunRecord:
         task: The task, with the teacher and the loss where there are any.
         kd: The distillation, or None.
         eval_metric: The metric that ranks checkpoints.
+        num_epochs: The epochs that the run is started for.
+        timing: What the record says of the epochs that an interrupted run has done (`read_timing`).
     """
 
     def __init__(
@@ -55,6 +65,8 @@ class RunRecord:
             task: nn.Module,
             kd: KDSettings | None,
             eval_metric: str,
+            num_epochs: int,
+            timing: Sequence[dict[str, float]] = (),
     ):
         self.content: dict[str, Any] = {
             'run_id': run_id,
@@ -66,7 +78,9 @@ class RunRecord:
             'teacher': None,
             'loss': _loss_record(kd, task) if kd is not None else None,
             'eval_metric': eval_metric,
+            'num_epochs': num_epochs,
             'best': None,
+            'timing': list(timing),
         }
         teacher = getattr(task, 'teacher', None)
         if teacher is not None:
@@ -85,6 +99,11 @@ class RunRecord:
         """Note what each teacher reaches on the validation set."""
         for teacher, result in zip(self.content['teacher'], metrics, strict=True):
             teacher.update(top1=result['top1'], top5=result['top5'])
+
+    def add_epoch(self, epoch: int, seconds: float, train_seconds: float, images: int) -> None:
+        """Note the seconds of an epoch, those of its training alone, and how many images that was on."""
+        timing = {'epoch': epoch, 'seconds': round(seconds, 3), 'train_seconds': round(train_seconds, 3)}
+        self.content['timing'].append({**timing, 'images': images})
 
     def set_best(self, epoch: int | None, metric: float | None) -> None:
         """Note the best epoch by the run's metric."""
