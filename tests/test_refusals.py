@@ -61,7 +61,7 @@ REFUSED = [
     ('--pretrained-path gone.pth', '--pretrained-path gone.pth'),
     ('--class-map gone.txt', '--class-map gone.txt'),
     ('--class-map /', '--class-map /', 'folder'),
-    ('--pretrained-path {file}', '--pretrained-path', '{file}', '--pretrained alone'),
+    ('--pretrained-path {file}', '--pretrained-path', '{file}', '--pretrained,'),
     ('--config gone.yaml', '--config gone.yaml', 'no such file'),
     ('--config resnet18_r34_nk', '--config resnet18_r34_nk', 'resnet18_r34_nkd'),
     ('--config /gone/resnet18_r34_nkd', '--config /gone/resnet18_r34_nkd'),
@@ -137,7 +137,7 @@ REFUSED = [
     ('--teacher resnet34 --teacher-ema', '--teacher-ema', '--teacher resnet34'),
     ('--teacher resnet34 --teacher-dtype amp', '--teacher-dtype amp', '--amp'),
     ('--teacher resnet34 --teacher-class-map-missing mask', '--teacher-class-map-missing mask', '--teacher-class-map'),
-    ('--teacher resnet34 --teacher-cache-epochs 3', '--teacher-cache-epochs 3', '--teacher-cache DIR'),
+    ('--teacher resnet34 --teacher-cache-epochs 3', '--teacher-cache-epochs 3', '--teacher-cache,'),
     # stored logits
     ('--teacher resnet34 --teacher-cache x --train-img-sizes 32 64', '--teacher-cache x', '--train-img-sizes'),
     ('--teacher resnet34 --teacher-cache x --aug-repeats 3', '--teacher-cache x', '--aug-repeats'),

@@ -1,12 +1,13 @@
 """What the flags mean together, and on this machine: clashes, files that are not there, what timm cannot make of them.
 
 The range of a number and the names that a flag takes stand at the flag. Everything here is known before a model is
-built.
+built. Each rule below yields a sentence for what it finds wrong.
 """
 import argparse
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,11 +18,38 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers,
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..errors import UsageError, nearest
-from .kd_checks import check_kd
+from ..losses import KD_LOSSES, create_kd_loss
+from .kd_flags import KDSettings, knob_dests, named_teachers, resolve_kd
 from .messages import as_given, task_loss_flags
 
-# Data sets that timm finds by name: a local folder is only where they are stored.
+# Data sets that timm finds by name, for which a local folder is only the store; and those that it reads as a stream.
 _NAMED_DATASETS = ('hfds', 'hfids', 'tfds', 'wds', 'torch')
+_STREAMS = ('hfids', 'tfds', 'wds')
+
+# Flags of timm's script that are known here and refused.
+_REFUSED = {
+    'kd_distill_type': 'feature and token distillation are not supported, only logits are distilled.',
+    'kd_loss_type': 'only kl, which is --kd-loss kd; --kd-loss chooses among the others.',
+    'kd_student_feature_dim': 'feature distillation is not supported.',
+    'kd_teacher_feature_dim': 'feature distillation is not supported.',
+    'kd_token_distill_type': 'token distillation is not supported.',
+}
+
+# Flags that act only beside another one.
+_BELONGS_TO = {
+    'pretrained_path': 'pretrained',
+    'torchcompile_mode': 'torchcompile',
+    'train_batch_sizes': 'train_img_sizes',
+    'train_size_probs': 'train_img_sizes',
+    'hub_private': 'push_to_hub',
+    'hub_license': 'push_to_hub',
+    'hub_revision': 'push_to_hub',
+    'teacher_class_map_missing': 'teacher_class_map',
+    'teacher_cache_dtype': 'teacher_cache',
+    'teacher_cache_epochs': 'teacher_cache',
+    'teacher_cache_topk': 'teacher_cache',
+    'teacher_cache_rebuild': 'teacher_cache',
+}
 
 # The flags that decide whether timm can make a schedule.
 _SCHEDULE_FLAGS = {
@@ -46,168 +74,175 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     Raises:
         UsageError: Naming the flag, its value and the way out.
     """
-    _check_refused(args, defaults)
-    _check_data(args)
-    _check_files(args)
-    _check_image_flags(args)
-    _check_task_loss(args)
-    _check_precision(args)
-    _check_compile(args)
-    _check_optimizer(args)
-    _check_schedule(args)
-    _check_train_sizes(args)
-    _check_hub(args)
-    check_kd(args, defaults)
+    rules = (
+        _refused(args, defaults), _belonging(args, defaults), _data(args), _files(args), _images(args),
+        _batches(args), _task_loss(args), _compiling(args), _optimizer(args), _schedule(args), _train_sizes(args),
+        _hub(args), _distillation(args, defaults),
+    )
+    for rule in rules:
+        for sentence in rule:
+            raise UsageError(sentence)
 
 
-def _check_refused(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+def check_device(device: str) -> None:
+    """Refuse a GPU that was asked for on a machine without one; by default such a machine trains on its CPU.
+
+    Args:
+        device: The value of `--device`.
+
+    Raises:
+        UsageError: torch finds no CUDA device.
+    """
+    if device.split(':')[0] == 'cuda' and not torch.cuda.is_available():
+        raise UsageError(f'--device {device}: torch finds no CUDA device; --device cpu trains without one.')
+
+
+def _refused(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
     for dest, value in vars(args).items():
         if dest.startswith('naflex_') and value != defaults[dest]:
-            raise UsageError(f'{as_given(dest, value)}: NaFlex data is not supported, leave the naflex flags out.')
+            yield f'{as_given(dest, value)}: NaFlex data is not supported, leave the naflex flags out.'
+        if dest in _REFUSED and value != defaults[dest]:
+            yield f'{as_given(dest, value)}: {_REFUSED[dest]}'
     if args.target_key and ',' in args.target_key:
-        raise UsageError(f'--target-key {args.target_key}: several fields make a multi-label task: not supported.')
+        yield f'--target-key {args.target_key}: several fields make a multi-label task: not supported.'
     if args.log_tensorboard and find_spec('tensorboard') is None:
-        raise UsageError('--log-tensorboard: tensorboard is not installed, pip install timm-kd[tensorboard].')
+        yield '--log-tensorboard: tensorboard is not installed, pip install timm-kd[tensorboard].'
 
 
-def _check_data(args: argparse.Namespace) -> None:
+def _belonging(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
+    for dest, owner in _BELONGS_TO.items():
+        value = getattr(args, dest)
+        if value != defaults[dest] and not getattr(args, owner):
+            yield f'{as_given(dest, value)}: belongs to {as_given(owner, True)}, which is not given.'
+
+
+def _data(args: argparse.Namespace) -> Iterator[str]:
     if args.data and args.data_dir and args.data != args.data_dir:
-        raise UsageError(f'two data folders, {args.data} and --data-dir {args.data_dir}: give one.')
-    prefix, separator, _ = args.dataset.partition('/')
-    if separator and prefix.lower() in _NAMED_DATASETS:
-        return
+        yield f'two data folders, {args.data} and --data-dir {args.data_dir}: give one.'
     data_dir = args.data_dir or args.data
+    if _kind_of_dataset(args) in _NAMED_DATASETS:
+        return
     if not data_dir:
-        raise UsageError('no data set: give its folder (train-kd /data/imagenet ...), or --dataset hfds/NAME.')
-    if not os.path.exists(data_dir):
-        raise UsageError(f'data folder {data_dir} does not exist.')
+        yield 'no data set: give its folder (train-kd /data/imagenet ...), or --dataset hfds/NAME.'
+    elif not os.path.exists(data_dir):
+        yield f'data folder {data_dir} does not exist.'
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    for dest in ('initial_checkpoint', 'pretrained_path'):
-        _require_file(dest, getattr(args, dest))
-    if args.pretrained_path and not args.pretrained:
-        raise UsageError(f'{as_given("pretrained_path", args.pretrained_path)}: timm reads it with --pretrained alone, '
-                         'add that.')
-    if args.resume == 'auto':
-        if not args.experiment:
-            raise UsageError('--resume auto needs --experiment NAME: the name of the run to go on with.')
-    else:
-        _require_file('resume', args.resume)
+def _kind_of_dataset(args: argparse.Namespace) -> str:
+    prefix, separator, _ = args.dataset.partition('/')
+    return prefix.lower() if separator else ''
+
+
+def _files(args: argparse.Namespace) -> Iterator[str]:
     data_dir = args.data_dir or args.data or ''
-    places = (os.path.join(data_dir, args.class_map), os.path.join(data_dir, args.train_split, args.class_map))
-    if args.class_map and not any(map(os.path.isfile, places)):
-        _require_file('class_map', args.class_map)
+    class_maps = (os.path.join(data_dir, args.class_map), os.path.join(data_dir, args.train_split, args.class_map))
+    files = {dest: getattr(args, dest) for dest in ('initial_checkpoint', 'pretrained_path', 'resume', 'class_map')}
+    if args.resume == 'auto':
+        del files['resume']
+        if not args.experiment:
+            yield '--resume auto needs --experiment NAME: the name of the run to go on with.'
+    if any(map(os.path.isfile, class_maps)):
+        del files['class_map']
+    for dest, path in files.items():
+        if path and not os.path.isfile(path):
+            yield f'{as_given(dest, path)}: {"a folder, not a file" if os.path.isdir(path) else "no such file"}.'
 
 
-def _require_file(dest: str, path: str | None) -> None:
-    if path and not os.path.isfile(path):
-        reason = 'a folder, not a file' if os.path.isdir(path) else 'no such file'
-        raise UsageError(f'{as_given(dest, path)}: {reason}.')
-
-
-def _check_image_flags(args: argparse.Namespace) -> None:
+def _images(args: argparse.Namespace) -> Iterator[str]:
     if args.aa:
         try:
             create_transform(is_training=True, auto_augment=args.aa)
         except (AssertionError, ValueError, KeyError, IndexError) as error:
-            raise UsageError(f'--aa {args.aa}: timm knows no such policy ({error}).') from error
+            yield f'--aa {args.aa}: timm knows no such policy ({error}).'
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, dest)
         if value is not None and (len(value) != 2 or value[0] > value[1]):
-            raise UsageError(f'{as_given(dest, value)}: expected two values, the least and the greatest.')
-    batch_flag = 'validation_batch_size' if args.validation_batch_size else 'batch_size'
-    if args.tta and getattr(args, batch_flag) % args.tta:
-        raise UsageError(f'{as_given(batch_flag, getattr(args, batch_flag))}: --tta {args.tta} averages so many '
-                         'neighbouring outputs of a batch, make it a multiple.')
+            yield f'{as_given(dest, value)}: expected two values, the least and the greatest.'
     if args.aug_splits == 1:
-        raise UsageError('--aug-splits 1: expected 0 (off), or at least 2 splits.')
+        yield '--aug-splits 1: expected 0 (off), or at least 2 splits.'
     if args.aug_splits and args.no_prefetcher:
-        raise UsageError(f'--aug-splits {args.aug_splits}: needs the prefetching loader, leave out --no-prefetcher.')
+        yield f'--aug-splits {args.aug_splits}: needs the prefetching loader, leave out --no-prefetcher.'
     if args.split_bn and not (args.aug_splits or args.resplit):
-        raise UsageError('--split-bn needs --aug-splits 2 or more.')
+        yield '--split-bn needs --aug-splits 2 or more.'
+
+
+def _batches(args: argparse.Namespace) -> Iterator[str]:
+    dest = 'validation_batch_size' if args.validation_batch_size else 'batch_size'
+    if args.tta and getattr(args, dest) % args.tta:
+        yield (f'{as_given(dest, getattr(args, dest))}: --tta {args.tta} averages so many neighbouring outputs of a '
+               'batch, make it a multiple.')
     if args.split_bn and not args.aug_splits and args.batch_size % 2:
-        raise UsageError(f'--batch-size {args.batch_size}: --split-bn halves a batch and needs an even one.')
+        yield f'--batch-size {args.batch_size}: --split-bn halves a batch and needs an even one.'
     if args.mixup or args.cutmix or args.cutmix_minmax:
-        batch_flag = 'train_batch_sizes' if args.train_batch_sizes else 'batch_size'
+        dest = 'train_batch_sizes' if args.train_batch_sizes else 'batch_size'
         if any(batch_size % 2 for batch_size in args.train_batch_sizes or [args.batch_size]):
-            raise UsageError(
-                f'{as_given(batch_flag, getattr(args, batch_flag))}: Mixup and CutMix mix pairs and need an even batch '
-                'size.'
-            )
+            yield f'{as_given(dest, getattr(args, dest))}: Mixup and CutMix mix pairs and need an even batch size.'
         if args.aug_splits:
-            raise UsageError(f'--aug-splits {args.aug_splits}: does not go with Mixup or CutMix.')
+            yield f'--aug-splits {args.aug_splits}: does not go with Mixup or CutMix.'
 
 
-def _check_task_loss(args: argparse.Namespace) -> None:
+def _task_loss(args: argparse.Namespace) -> Iterator[str]:
     flags = task_loss_flags(args)
     if len(set(flags.values())) > 1:
-        raise UsageError(f'{" and ".join(flags)}: choose one task loss.')
+        yield f'{" and ".join(flags)}: choose one task loss.'
     if 'jsd' in flags.values() and args.aug_splits < 2:
-        raise UsageError(f'{next(iter(flags))} compares augmentation splits: add --aug-splits 2 or more.')
+        yield f'{next(iter(flags))} compares augmentation splits: add --aug-splits 2 or more.'
 
 
-def _check_precision(args: argparse.Namespace) -> None:
+def _compiling(args: argparse.Namespace) -> Iterator[str]:
     if args.amp and args.model_dtype not in (None, 'float32'):
-        raise UsageError(f'--model-dtype {args.model_dtype}: AMP keeps the model in float32; leave out this or --amp.')
-
-
-def _check_compile(args: argparse.Namespace) -> None:
-    mode = as_given('torchcompile_mode', args.torchcompile_mode)
+        yield f'--model-dtype {args.model_dtype}: AMP keeps the model in float32; leave out this or --amp.'
     if args.torchscript and args.sync_bn:
-        raise UsageError('--sync-bn cannot be scripted: leave out this or --torchscript.')
+        yield '--sync-bn cannot be scripted: leave out this or --torchscript.'
     if args.torchscript and args.torchcompile:
-        raise UsageError('--torchscript and --torchcompile: choose one.')
-    if args.torchcompile_mode and not args.torchcompile:
-        raise UsageError(f'{mode}: belongs to --torchcompile, which is not given.')
-    named = {dest: getattr(args, dest) for dest in ('torchcompile', 'teacher_compile') if getattr(args, dest)}
-    if not named:
+        yield '--torchscript and --torchcompile: choose one.'
+    backends = {dest: getattr(args, dest) for dest in ('torchcompile', 'teacher_compile') if getattr(args, dest)}
+    if not backends:
         return
     import torch._dynamo as dynamo  # takes seconds
-    backends = dynamo.list_backends(None)
-    for dest, backend in named.items():
-        if backend not in backends:
-            raise UsageError(f'{as_given(dest, backend)}: torch has no such backend{nearest(backend, backends)}.')
+    known = dynamo.list_backends(None)
+    for dest, backend in backends.items():
+        if backend not in known:
+            yield f'{as_given(dest, backend)}: torch has no such backend{nearest(backend, known)}.'
     if args.torchcompile == 'inductor' and args.torchcompile_mode:
         from torch._inductor import list_mode_options
+        mode = f'--torchcompile-mode {args.torchcompile_mode}'
         if args.torchcompile_mode not in list_mode_options():
-            raise UsageError(f'{mode}: expected one of {", ".join(list_mode_options())}.')
+            yield f'{mode}: expected one of {", ".join(list_mode_options())}.'
         cuda_graphs = args.torchcompile_mode in ('reduce-overhead', 'max-autotune') and args.device.startswith('cuda')
         if cuda_graphs and args.grad_accum_steps > 1:  # pytorch issue 169545: gradients live in a graph's memory
-            raise UsageError(
-                f'{mode} --grad-accum-steps {args.grad_accum_steps}: the CUDA graphs of this mode overwrite '
-                'accumulated gradients: take max-autotune-no-cudagraphs, or leave out one of the two.')
+            yield (f'{mode} --grad-accum-steps {args.grad_accum_steps}: the CUDA graphs of this mode overwrite '
+                   'accumulated gradients: take max-autotune-no-cudagraphs, or leave out one of the two.')
 
 
-def _check_optimizer(args: argparse.Namespace) -> None:
-    """Refuse what timm's factory refuses: it builds this optimizer for a dummy parameter."""
+def _optimizer(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what timm's factory refuses: it builds this optimizer for a dummy parameter."""
     name = args.opt.lower().split('_')[-1]
     try:
         get_optimizer_info(name)
-    except ValueError as error:
-        hint = nearest(name, list_optimizers())
-        raise UsageError(f'{as_given("opt", args.opt)}: timm has no such optimizer{hint}.') from error
+    except ValueError:
+        yield f'{as_given("opt", args.opt)}: timm has no such optimizer{nearest(name, list_optimizers())}.'
     for twice in sorted(set(args.opt_kwargs) & set(optimizer_kwargs(args))):
         by_flag = f'opt_{twice}' if twice in ('eps', 'betas') else twice
-        raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {twice} is set by {as_given(by_flag, True)}.')
+        yield f'{as_given("opt_kwargs", args.opt_kwargs)}: {twice} is set by {as_given(by_flag, True)}.'
     kwargs = dict(optimizer_kwargs(args), lr=args.lr or args.lr_base, **args.opt_kwargs)
     try:
         create_optimizer_v2([torch.zeros(2, 2, requires_grad=True)], **kwargs)
-    except IndexError as error:
-        raise UsageError(f'{as_given("opt_betas", args.opt_betas)}: too few for --opt {args.opt}.') from error
+    except IndexError:
+        yield f'{as_given("opt_betas", args.opt_betas)}: too few for --opt {args.opt}.'
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         given = [as_given(dest, getattr(args, dest)) for dest in ('opt', 'opt_kwargs', 'opt_eps', 'opt_betas')
                  if getattr(args, dest) not in (None, {})]
-        raise UsageError(f'{" ".join(given)}: timm cannot make such an optimizer ({error}).') from error
+        yield f'{" ".join(given)}: timm cannot make such an optimizer ({error}).'
     except RuntimeError:
         pass  # a matter of the device (fused=True): the real parameters will tell
 
 
-def _check_schedule(args: argparse.Namespace) -> None:
-    """Refuse what timm's factory refuses, and a schedule that has no rate for its first or last epoch."""
+def _schedule(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what timm's factory refuses, and a schedule that has no rate for its first or last epoch."""
     for dest in ('lr_decay_fn', 'lr_stable_timescale'):
         if getattr(args, dest) is not None and args.sched not in ('wsd', 'rsqrt'):
-            raise UsageError(f'{as_given(dest, getattr(args, dest))}: is for --sched wsd and rsqrt, not {args.sched}.')
+            yield f'{as_given(dest, getattr(args, dest))}: is for --sched wsd and rsqrt, not {args.sched}.'
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     updates = 1000  # an epoch: not known yet, but enough to round none of the lengths to 0
     try:
@@ -225,54 +260,107 @@ def _check_schedule(args: argparse.Namespace) -> None:
         given = ' '.join(as_given(dest, value) for dest, value in flags.items() if dest not in unset)
         without = f' without {", ".join(as_given(dest, True) for dest in unset)}' if unset else ''
         reason = str(error.args[-1]).rstrip('.') if error.args else type(error).__name__
-        raise UsageError(
-            f'--sched {args.sched} {given}{without}: timm cannot make this schedule ({reason}), change one of these '
-            'flags.'
-        ) from error
+        yield (f'--sched {args.sched} {given}{without}: timm cannot make this schedule ({reason}), change one of these '
+               'flags.')
     if args.stop_epoch is not None and args.stop_epoch > num_epochs:
-        raise UsageError(
-            f'--stop-epoch {args.stop_epoch}: the schedule of --epochs {args.epochs} ends after {num_epochs} epochs, '
-            'lower this or raise --epochs.'
-        )
+        yield (f'--stop-epoch {args.stop_epoch}: the schedule of --epochs {args.epochs} ends after {num_epochs} '
+               'epochs, lower this or raise --epochs.')
 
 
-def _check_train_sizes(args: argparse.Namespace) -> None:
+def _train_sizes(args: argparse.Namespace) -> Iterator[str]:
+    sizes = args.train_img_sizes or []
     for dest in ('train_batch_sizes', 'train_size_probs'):
         value = getattr(args, dest)
-        if value is None:
-            continue
-        if args.train_img_sizes is None:
-            raise UsageError(f'{as_given(dest, value)}: belongs to --train-img-sizes, which is not given.')
-        if len(value) != len(args.train_img_sizes):
-            raise UsageError(f'{as_given(dest, value)}: expected one value for each of the '
-                             f'{len(args.train_img_sizes)} --train-img-sizes.')
+        if value is not None and len(value) != len(sizes):
+            yield f'{as_given(dest, value)}: expected one value for each of the {len(sizes)} --train-img-sizes.'
     if args.train_size_probs is not None and not any(args.train_size_probs):
-        raise UsageError(f'{as_given("train_size_probs", args.train_size_probs)}: expected a value above 0 among them.')
-    if args.train_size_schedule == 'progressive' and len(args.train_img_sizes or []) < 2:
-        raise UsageError('--train-size-schedule progressive needs two or more --train-img-sizes.')
+        yield f'{as_given("train_size_probs", args.train_size_probs)}: expected a value above 0 among them.'
+    if args.train_size_schedule == 'progressive' and len(sizes) < 2:
+        yield '--train-size-schedule progressive needs two or more --train-img-sizes.'
 
 
-def _check_hub(args: argparse.Namespace) -> None:
-    if args.push_to_hub is None:
-        for dest in ('hub_private', 'hub_license', 'hub_revision'):
-            value = getattr(args, dest)
-            if value:
-                raise UsageError(f'{as_given(dest, value)}: belongs to --push-to-hub, which is not given.')
-        return
+def _hub(args: argparse.Namespace) -> Iterator[str]:
     try:
-        validate_repo_id(args.push_to_hub)
+        if args.push_to_hub is not None:
+            validate_repo_id(args.push_to_hub)
     except HFValidationError as error:
-        raise UsageError(f'{as_given("push_to_hub", args.push_to_hub)}: {error}') from error
+        yield f'{as_given("push_to_hub", args.push_to_hub)}: {error}'
 
 
-def check_device(device: str) -> None:
-    """Refuse a GPU that was asked for on a machine without one; by default such a machine trains on its CPU.
+def _distillation(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
+    if args.teacher and args.kd_model_name and args.kd_model_name != args.teacher:
+        yield f'--kd-model-name {args.kd_model_name} beside {_teacher_flag(args)}: name one teacher.'
+    settings = resolve_kd(args)
+    if settings is not None:
+        yield from _kd_loss(args, settings)
+    else:
+        for dest in (*knob_dests(), 'task_loss_weight', 'distill_loss_weight', 'kd_warmup_epochs'):
+            # A warm-up of 0 asks for nothing: it was the default, and stands in the args.yaml of older plain runs.
+            if getattr(args, dest) not in (defaults[dest], *([0] if dest == 'kd_warmup_epochs' else [])):
+                yield (f'{as_given(dest, getattr(args, dest))}: there is nothing to distil, add --teacher SPEC or '
+                       '--kd-loss NAME.')
+    if settings is not None and settings.teacher is not None:
+        yield from _teacher(args)
+    else:
+        for dest, value in vars(args).items():
+            if (dest.startswith('teacher_') or dest == 'no_teacher_eval') and value != defaults[dest]:
+                yield f'{as_given(dest, value)}: there is no teacher, add --teacher SPEC or leave this out.'
 
-    Args:
-        device: The value of `--device`.
 
-    Raises:
-        UsageError: torch finds no CUDA device.
-    """
-    if device.split(':')[0] == 'cuda' and not torch.cuda.is_available():
-        raise UsageError(f'--device {device}: torch finds no CUDA device; --device cpu trains without one.')
+def _kd_loss(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
+    loss = KD_LOSSES[settings.loss]
+    if settings.teacher is None and loss.needs_teacher:
+        teacher_free = ' or '.join(name for name, other in KD_LOSSES.items() if not other.needs_teacher)
+        yield f'--kd-loss {settings.loss} needs a teacher: add --teacher SPEC, or choose {teacher_free}.'
+    if settings.teacher is not None and not loss.accepts_teacher:
+        yield (f'{_teacher_flag(args)}: --kd-loss {settings.loss} has no teacher, leave it out (--teacher \'\' '
+               'overrides a config file).')
+    known = [dest for dest, knob in knob_dests().items() if knob in loss.hyper_parameters()]
+    for dest, knob in knob_dests().items():
+        if knob in settings.loss_parameters and dest not in known:
+            its_own = f'which has {", ".join(as_given(dest, True) for dest in known)}' if known else 'which has none'
+            yield f'{as_given(dest, getattr(args, dest))}: no parameter of {settings.loss}, {its_own}.'
+        if knob in settings.loss_parameters and settings.teacher is not None and knob in loss.knobs_without_teacher:
+            yield (f'{as_given(dest, getattr(args, dest))}: stands in for a teacher of {settings.loss}, and there is '
+                   f'{_teacher_flag(args)}: leave out one.')
+    try:
+        create_kd_loss(settings.loss, **settings.loss_parameters)
+    except ValueError as error:  # a range that is narrower than that of another loss's flag of the same name
+        yield f'--kd-loss {settings.loss}: {error}'
+    if settings.distill_loss_weight < 0:
+        yield (f'--task-loss-weight {args.task_loss_weight} leaves the distillation loss a weight of '
+               f'{settings.distill_loss_weight:g}: give --distill-loss-weight too.')
+    if settings.task_loss_weight == settings.distill_loss_weight == 0:
+        yield '--task-loss-weight 0 and --distill-loss-weight 0 leave nothing to train on.'
+    flags = [flag for flag, loss in task_loss_flags(args).items() if loss == 'jsd']
+    for flag in flags + ([f'--aug-splits {args.aug_splits}'] if args.aug_splits else []):
+        yield f'{flag}: does not go with distillation (--kd-loss {settings.loss}).'
+    if args.num_classes == 1:
+        yield f'--num-classes 1: --kd-loss {settings.loss} compares classes and needs at least 2.'
+
+
+def _teacher(args: argparse.Namespace) -> Iterator[str]:
+    # Stored logits may stand in for a file that is no longer there.
+    if not args.teacher_cache and not any(os.path.isfile(os.path.expanduser(spec)) for spec in named_teachers(args)):
+        for dest in ('teacher_model', 'teacher_ema'):
+            if getattr(args, dest):
+                yield (f'{_teacher_flag(args)} is no file, and {as_given(dest, getattr(args, dest))} is for a teacher '
+                       'that is a weights file.')
+    if args.teacher_dtype == 'amp' and not args.amp:
+        yield '--teacher-dtype amp: is the autocast of the student, add --amp or choose a dtype.'
+    if args.teacher_class_map_missing == 'mask' and args.kd_logit_std:
+        yield ('--kd-logit-std: masked classes have no logit to standardise, leave out this or '
+               '--teacher-class-map-missing mask.')
+    if args.teacher_cache is not None:
+        cache = as_given('teacher_cache', args.teacher_cache)
+        if args.train_img_sizes:
+            yield f'{cache}: stored logits belong to one image size, leave out --train-img-sizes.'
+        if args.aug_repeats:
+            yield f'{cache}: stores one view of an image per epoch, leave out --aug-repeats.'
+        if _kind_of_dataset(args) in _STREAMS:
+            yield f'{cache}: needs a data set with indices, and --dataset {args.dataset} is a stream.'
+
+
+def _teacher_flag(args: argparse.Namespace) -> str:
+    dest = 'teacher' if args.teacher else 'kd_model_name'
+    return ' '.join(as_given(dest, spec) for spec in named_teachers(args))

@@ -177,7 +177,7 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
     Returns:
         The settings, or None for plain training (no loss and no teacher named).
     """
-    teacher = named_teacher(args)
+    teacher = args.teacher or args.kd_model_name or None
     if args.kd_loss is None and teacher is None:
         return None
     name = args.kd_loss or 'kd'
@@ -193,24 +193,21 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
     warmup_epochs = args.kd_warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = loss.default_warmup_epochs(args.epochs)
+    teacher_dtype = args.teacher_dtype
+    if teacher_dtype == 'auto' and args.kd_model_name and not args.teacher:  # the precision in timm's script
+        teacher_dtype = 'amp' if args.amp else args.model_dtype or 'float32'
     return KDSettings(
         loss=name,
         loss_parameters={knob: value for knob, value in given.items() if value is not None and value is not False},
         teacher=teacher,
-        teacher_dtype=_teacher_dtype(args),
+        teacher_dtype=teacher_dtype,
         task_loss_weight=task_loss_weight,
         distill_loss_weight=distill_loss_weight,
         warmup_epochs=warmup_epochs,
     )
 
 
-def named_teacher(args: argparse.Namespace) -> str | list[str] | None:
-    """Return the teacher of `--teacher`, or of timm's `--kd-model-name`."""
-    return args.teacher or args.kd_model_name or None
-
-
-def _teacher_dtype(args: argparse.Namespace) -> str:
-    """Return the precision of the teacher; `--kd-model-name` alone keeps what timm's script gives it."""
-    if args.teacher_dtype != 'auto' or args.teacher or not args.kd_model_name:
-        return args.teacher_dtype
-    return 'amp' if args.amp else args.model_dtype or 'float32'
+def named_teachers(args: argparse.Namespace) -> list[str]:
+    """Return the teachers of `--teacher`, or that of timm's `--kd-model-name`."""
+    specs = args.teacher or args.kd_model_name or []
+    return specs if isinstance(specs, list) else [specs]
