@@ -4,7 +4,7 @@ import dataclasses
 from fractions import Fraction
 
 from ..losses import KD_LOSSES
-from .parser import Flag, flag, kwargs_flag, number, switch
+from .parser import Flag, count, flag, kwargs_flag, not_negative, number, switch, whole
 
 
 def kd_flags() -> dict[str, list[Flag]]:
@@ -12,86 +12,71 @@ def kd_flags() -> dict[str, list[Flag]]:
     return {
         'Knowledge distillation parameters': [
             flag(
-                '--kd-loss', type=str, choices=tuple(KD_LOSSES),
+                '--kd-loss', choices=tuple(KD_LOSSES),
                 help='distillation loss (kd beside a teacher when unset); without it and a teacher: plain training',
             ),
             flag(
-                '--teacher', action='append', type=str, metavar='SPEC',
+                '--teacher', action='append', metavar='SPEC',
                 help='teacher: a timm name, hf-hub:org/name, local-dir:PATH, a folder, or a weights file (with '
                      '--teacher-model); given several times, the mean of their probabilities teaches',
             ),
-            flag(
-                '--teacher-model', type=str, metavar='NAME',
-                help='timm architecture of a teacher that is a weights file',
-            ),
+            flag('--teacher-model', metavar='NAME', help='timm architecture of a teacher that is a weights file'),
             kwargs_flag('--teacher-kwargs', help='further keyword arguments of the teacher model'),
             flag(
-                '--teacher-img-size', type=number(int, above=0),
+                '--teacher-img-size', type=count,
                 help='input size of the teacher in pixels (the student\'s when unset)',
             ),
             flag(
-                '--teacher-dtype', type=str, default='auto', choices=('auto', 'amp', 'float32', 'bfloat16', 'float16'),
+                '--teacher-dtype', default='auto', choices=('auto', 'amp', 'float32', 'bfloat16', 'float16'),
                 help='precision of the teacher; auto: bfloat16 where it is fast; amp: inside the autocast of the '
                      'student',
             ),
             flag(
-                '--teacher-compile', nargs='?', type=str, metavar='BACKEND', const='inductor',
+                '--teacher-compile', nargs='?', metavar='BACKEND', const='inductor',
                 help='compile the teacher alone with torch.compile; the backend is inductor unless named',
             ),
             switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
             flag(
-                '--teacher-class-map', type=str, metavar='FILE',
+                '--teacher-class-map', metavar='FILE',
                 help='file with the teacher\'s index of each student class, or imagenet12k, imagenet21k, imagenet22k, '
                      'imagenet22k_ms',
             ),
             flag(
-                '--teacher-class-map-missing', type=str, default='error', choices=('error', 'mask'),
+                '--teacher-class-map-missing', default='error', choices=('error', 'mask'),
                 help='classes the teacher lacks: refuse them, or leave their images without distillation',
             ),
             switch('--no-teacher-eval', help='do not validate the teacher at start (and report no agreement)'),
+            flag('--task-loss-weight', type=not_negative, help='weight of the task loss (unset: what suits the loss)'),
             flag(
-                '--task-loss-weight', type=number(float, at_least=0),
-                help='weight of the task loss (unset: what suits the loss)',
-            ),
-            flag(
-                '--distill-loss-weight', type=number(float, at_least=0),
+                '--distill-loss-weight', type=not_negative,
                 help='weight of the distillation loss (unset: what suits the loss)',
             ),
             *_knob_flags(),
             flag(
-                '--kd-warmup-epochs', type=number(int, at_least=0),
+                '--kd-warmup-epochs', type=whole,
                 help=f'epochs over which the distillation loss is faded in (unset: {_warmups()}; else 0)',
             ),
+            flag('--teacher-cache', metavar='DIR', help='store the teacher\'s logits here, and read them again'),
             flag(
-                '--teacher-cache', type=str, metavar='DIR',
-                help='store the teacher\'s logits here, and read them again',
-            ),
-            flag(
-                '--teacher-cache-dtype', type=str, default='float16', choices=('float16', 'float32'),
+                '--teacher-cache-dtype', default='float16', choices=('float16', 'float32'),
                 help='precision of stored logits',
             ),
+            flag('--teacher-cache-epochs', type=count, help='distinct epochs to store, then round again (unset: all)'),
             flag(
-                '--teacher-cache-epochs', type=number(int, above=0),
-                help='distinct epochs to store, then round again (unset: all)',
-            ),
-            flag(
-                '--teacher-cache-topk', type=number(int, above=0),
+                '--teacher-cache-topk', type=count,
                 help='store only the k largest logits of a row, and the rest as one sum',
             ),
             switch('--teacher-cache-rebuild', help='throw away what is stored, should it not fit this run'),
+            flag('--kd-model-name', type=str, help='teacher as timm\'s script takes it, with its defaults'),
             flag(
-                '--kd-model-name', type=str, metavar='NAME',
-                help='teacher as timm\'s script takes it, with its defaults',
-            ),
-            flag(
-                '--kd-distill-type', type=str, default='logit', choices=('logit', 'feature', 'token'),
+                '--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'),
                 help='logit (timm\'s feature and token distillation are refused)',
             ),
-            flag('--kd-loss-type', type=str, metavar='NAME', default='kl', help='kl (see --kd-loss)'),
+            flag('--kd-loss-type', type=str, default='kl', help='kl (see --kd-loss)'),
             flag('--kd-student-feature-dim', type=int, help='refused (feature distillation)'),
             flag('--kd-teacher-feature-dim', type=int, help='refused (feature distillation)'),
             flag(
-                '--kd-token-distill-type', type=str, default='soft', choices=('soft', 'hard'),
+                '--kd-token-distill-type', default='soft', choices=('soft', 'hard'),
                 help='refused (token distillation)',
             ),
         ],
@@ -102,14 +87,12 @@ def kd_flags() -> dict[str, list[Flag]]:
                      'resume is exact at any step',
             ),
             flag(
-                '--push-to-hub', type=str, metavar='REPO_ID',
+                '--push-to-hub', metavar='REPO_ID',
                 help='push the best checkpoint to the Hugging Face Hub at the end (token: HF_TOKEN or hf auth login)',
             ),
             switch('--hub-private', help='make a private repository'),
-            flag('--hub-license', type=str, metavar='ID', help='license that the model card names (unset: none)'),
-            flag(
-                '--hub-revision', type=str, metavar='BRANCH', help='branch to push to (the main one when unset)',
-            ),
+            flag('--hub-license', metavar='ID', help='license that the model card names (unset: none)'),
+            flag('--hub-revision', metavar='BRANCH', help='branch to push to (the main one when unset)'),
             switch('--log-tensorboard', help='log to TensorBoard, in the folder of the run'),
         ],
     }
@@ -182,7 +165,7 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
         return None
     name = args.kd_loss or 'kd'
     loss = KD_LOSSES[name]
-    given = {knob: getattr(args, dest) for dest, knob in knob_dests().items()}
+    knobs = {knob: getattr(args, dest) for dest, knob in knob_dests().items()}
     task_loss_weight, distill_loss_weight = args.task_loss_weight, args.distill_loss_weight
     if task_loss_weight is None and distill_loss_weight is None:
         task_loss_weight, distill_loss_weight = loss.default_task_weight, loss.default_distill_weight
@@ -191,19 +174,17 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
     elif task_loss_weight is None:
         task_loss_weight = 1.0
     warmup_epochs = args.kd_warmup_epochs
-    if warmup_epochs is None:
-        warmup_epochs = loss.default_warmup_epochs(args.epochs)
     teacher_dtype = args.teacher_dtype
     if teacher_dtype == 'auto' and args.kd_model_name and not args.teacher:  # the precision in timm's script
         teacher_dtype = 'amp' if args.amp else args.model_dtype or 'float32'
     return KDSettings(
         loss=name,
-        loss_parameters={knob: value for knob, value in given.items() if value is not None and value is not False},
+        loss_parameters={knob: value for knob, value in knobs.items() if value is not None and value is not False},
         teacher=teacher,
         teacher_dtype=teacher_dtype,
         task_loss_weight=task_loss_weight,
         distill_loss_weight=distill_loss_weight,
-        warmup_epochs=warmup_epochs,
+        warmup_epochs=loss.default_warmup_epochs(args.epochs) if warmup_epochs is None else warmup_epochs,
     )
 
 

@@ -73,6 +73,10 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], in
     return convert
 
 
+count, positive = number(int, above=0), number(float, above=0)
+whole, not_negative = number(int, at_least=0), number(float, at_least=0)
+
+
 def one_of(*names: str, reason: str | None = None) -> Callable[[str], str]:
     """Return an argparse `type` for a name out of several, which bears the name of `str`.
 
@@ -93,19 +97,13 @@ def one_of(*names: str, reason: str | None = None) -> Callable[[str], str]:
 class ParseKwargs(timm.utils.ParseKwargs):
     """timm's action, with an error that names the flag where timm's stumbles over a value without `=`."""
 
-    def __call__(
-            self,
-            parser: argparse.ArgumentParser,
-            namespace: argparse.Namespace,
-            values: list[str],
-            option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], *_) -> None:
         """Set the dict; raises `argparse.ArgumentError` for a value that is no `key=value`."""
         for value in values:
             key, separator, _ = value.partition('=')
             if value and not (separator and key.isidentifier()):
                 raise argparse.ArgumentError(self, f'{value}: expected key=value')
-        super().__call__(parser, namespace, values, option_string)
+        super().__call__(parser, namespace, values)
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -5,10 +5,8 @@ this project's. Two defaults differ, on purpose: `decay_epochs` is None, so that
 length that suits the schedule (90 for `step`, a fifth of the run for `wsd` and `rsqrt`), and `kd_temperature`
 (in `kd_flags`) is None, the loss's own default.
 """
-from .parser import Flag, flag, kwargs_flag, number, one_of, switch
+from .parser import Flag, count, flag, kwargs_flag, not_negative, number, one_of, positive, switch, whole
 
-count, positive = number(int, above=0), number(float, above=0)
-whole, not_negative = number(int, at_least=0), number(float, at_least=0)
 share, share_below_1 = number(float, at_least=0, at_most=1), number(float, at_least=0, below=1)
 
 FILTERS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
