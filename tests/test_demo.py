@@ -11,15 +11,11 @@ from sklearn.datasets import load_digits
 from timm_kd.cli import parse_args, resolve_kd
 from timm_kd.demo.__main__ import LOSSES, main
 from timm_kd.demo.digits import write_digits
-from timm_kd.demo.report import Result, draw_curves, result_table
-from timm_kd.demo.training import BASELINE, CONFIG, read_curve, student_flags, teacher_file, train
+from timm_kd.demo.report import Result, draw_results, result_table
+from timm_kd.demo.training import BASELINE, CONFIG, student_flags, teacher_file, train
+from timm_kd.report.runs import Run
 
 ROOT = Path(__file__).parents[1]
-SUMMARY = """\
-epoch,train_loss,eval_loss,eval_top1,eval_top5,lr
-9,1.5,1.25,61.5,95.0,0.001
-19,0.5,0.75,80.25,99.0,0.0
-"""
 
 
 @pytest.fixture(scope='module')
@@ -73,15 +69,16 @@ def test_students_differ_from_the_recipe_in_loss_and_teacher_alone(data, tmp_pat
     }[loss]
 
 
-def test_curve_is_the_top1_of_summary_csv_by_epochs_trained(tmp_path):
-    (tmp_path / 'summary.csv').write_text(SUMMARY)
-    assert read_curve(tmp_path) == {10: 61.5, 20: 80.25}
+def run_of(*top1: float) -> Run:
+    """A run whose validation top-1 was these after its epochs."""
+    rows = [{'epoch': epoch, 'eval_top1': value, 'eval_loss': 1.0} for epoch, value in enumerate(top1)]
+    return Run(Path(), {}, rows, {}, alive=False)
 
 
 def test_table_has_mean_and_standard_deviation_of_the_last_epoch():
     table = result_table({
-        'teacher': [Result({12: 99.5}, 100.0, 40.0)],
-        'nkd': [Result({1: 99.0, 2: 90.0}, 88.0, 10.0), Result({1: 99.0, 2: 92.0}, 91.0, 13.0)],
+        'teacher': [Result(run_of(99.5), 100.0, 40.0)],
+        'nkd': [Result(run_of(99.0, 90.0), 88.0, 10.0), Result(run_of(99.0, 92.0), 91.0, 13.0)],
     })
     rows = [[cell.strip() for cell in line.strip('|\n').split('|')] for line in table.splitlines()]
     # Standard deviations of two values a, b: |a - b| / sqrt(2).
@@ -89,21 +86,22 @@ def test_table_has_mean_and_standard_deviation_of_the_last_epoch():
 
 
 def test_table_is_one_that_markdown_renders():
-    lines = result_table({'teacher': [Result({1: 50.0}, 100.0, 1.0)]}).splitlines()
+    lines = result_table({'teacher': [Result(run_of(50.0), 100.0, 1.0)]}).splitlines()
     assert {line.count('|') for line in lines} == {5} and set(lines[1]) == set('| -')
 
 
-def test_figure_shows_a_line_for_each_loss_and_the_teacher(tmp_path):
-    draw_curves(
+def test_figure_shows_a_line_for_each_loss(tmp_path):
+    draw_results(
         {
-            'teacher': [Result({12: 99.0}, 100.0, 1.0)],
-            'nkd': [Result({1: 50.0, 2: 90.0}, 88.0, 1.0), Result({1: 60.0, 2: 92.0}, 91.0, 1.0)],
+            'teacher': [Result(run_of(99.0), 100.0, 1.0)],
+            'cross-entropy': [Result(run_of(40.0, 80.0), 70.0, 1.0)],
+            'nkd': [Result(run_of(50.0, 90.0), 88.0, 1.0), Result(run_of(60.0, 92.0), 91.0, 1.0)],
         },
         tmp_path / 'curves.png',
     )
     colors = {tuple(color[:3]) for _, color in Image.open(tmp_path / 'curves.png').getcolors(maxcolors=1 << 20)}
-    first_line = (0x1f, 0x77, 0xb4)  # of matplotlib's default cycle
-    assert {(0, 0, 0), first_line} <= colors
+    blue, vermillion = (0x00, 0x72, 0xb2), (0xd5, 0x5e, 0x00)  # the first of Okabe and Ito's that report takes
+    assert {blue, vermillion} <= colors
 
 
 def test_a_failed_training_ends_the_demo_with_the_end_of_its_log(tmp_path):
@@ -125,7 +123,7 @@ def test_the_demo_runs_from_data_to_table(tmp_path, monkeypatch, capsys):
     main(['--quick', '--losses', 'nkd', '--output', str(tmp_path)])
     printed = capsys.readouterr().out
     assert (tmp_path / 'results.md').read_text() in printed
-    assert Image.open(tmp_path / 'curves.png').size == (1050, 630)
+    assert Image.open(tmp_path / 'curves.png').format == 'PNG'
     assert {path.name for path in (tmp_path / 'train').iterdir()} == {'teacher', 'cross-entropy-0', 'nkd-0'}
     # The agreement that the demo computes for all is the one that the script reports where there is a teacher.
     with open(tmp_path / 'train/nkd-0/summary.csv', newline='') as file:

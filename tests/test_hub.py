@@ -30,7 +30,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from timm_kd.errors import UsageError
 from timm_kd.hub import push_run
-from timm_kd.hub.run_files import scrub, scrub_command
+from timm_kd.hub.scrub import scrub, scrub_command
 from timm_kd.losses import KD_LOSSES
 
 TOKEN = 'hf_thisIsTheWritersSecretToken'

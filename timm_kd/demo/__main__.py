@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..losses import KD_LOSSES
 from .digits import write_digits
-from .report import collect, draw_curves, result_table
+from .report import collect, draw_results, result_table
 from .training import (
     BASELINE,
     CONFIG,
@@ -95,7 +95,7 @@ def _report(output: Path, seconds: dict[str, float]) -> None:
     results = collect(data, runs, seconds)
     table = result_table(results)
     (output / 'results.md').write_text(table)
-    draw_curves(results, output / 'curves.png')
+    draw_results(results, output / 'curves.png')
     push = ['-m', 'timm_kd.hub', 'push', str(runs / list(seconds)[-1]), 'me/digits', '--dry-run']
     print(f'\n4. Results on validation/ after the last epoch; mean ± standard deviation over the seeds.\n\n{table}\n'
           f'Table: {output}/results.md. Curves: {output}/curves.png. Runs: {runs}/NAME/ (summary.csv, log.txt, ...).\n'

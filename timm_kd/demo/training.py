@@ -1,5 +1,4 @@
 """The command lines of the trainings, and running them."""
-import csv
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from ..losses import KD_LOSSES
+from ..report.groups import last
+from ..report.runs import read_run
 
 CONFIG = 'hparams/digits_demo.yaml'
 TEACHER_MODEL, STUDENT_MODEL = 'test_resnet', 'test_efficientnet'
@@ -78,12 +79,6 @@ def _train_one(runs: Path, name: str, words: list[str]) -> float:
     seconds = time.perf_counter() - start
     if code:
         raise SystemExit('\n'.join([*log.read_text().splitlines()[-5:], f'{name} failed with code {code}, see {log}']))
-    curve = read_curve(log.parent)
-    print(f'  {name}: top-1 {curve[max(curve)]:.1f} in {seconds:.0f} s', flush=True)
+    top1 = last('eval_top1')(read_run(log.parent))
+    print(f'  {name}: top-1 {top1:.1f} in {seconds:.0f} s', flush=True)
     return seconds
-
-
-def read_curve(run: Path) -> dict[int, float]:
-    """Reads validation top-1 in percent, by the number of epochs trained, out of a run's summary.csv."""
-    with open(run / 'summary.csv', newline='') as file:
-        return {int(row['epoch']) + 1: float(row['eval_top1']) for row in csv.DictReader(file)}

@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, is_model
 
 from ..losses import KD_LOSSES
-from .run_files import Run, scrub, scrub_command
+from ..report.runs import Run
+from .scrub import scrub, scrub_command
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def model_card(run: Run, publication: Publication, epoch: int | None, is_ema: bo
         is_ema: Whether the published weights are the running mean of the student's.
         has_curves: Whether `curves.png` lies beside the card.
     """
-    record, metrics, loss = run.record, run.epoch_metrics(epoch), run.record.get('loss')
+    record, metrics, loss = run.record, run.epoch(epoch), run.record.get('loss')
     title = publication.repo_id.split('/')[-1]
     command = scrub_command(record['command'])
     teachers = [

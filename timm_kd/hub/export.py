@@ -9,10 +9,15 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from ..errors import UsageError, shortened
+from ..report.curves import PANELS, draw_curves, save_png
+from ..report.groups import Group
+from ..report.runs import Run, read_run
 from .card import Publication, model_card
-from .run_files import Run, scrub
+from .scrub import scrub
 
 _logger = logging.getLogger(__name__)
+
+_CURVES = {'train_loss': 'training loss', **PANELS}
 
 # Facts of the weights that timm publishes for the architecture; none of them holds for the student's.
 _SOURCE_FACTS = (
@@ -25,7 +30,7 @@ def export_run(run: Run, publication: Publication, checkpoint: str | None = None
     """Write `RUN_DIR/hub/`: weights, timm's config, model card, flags, epochs and curves.
 
     Args:
-        run: The run, as `read_run` has it.
+        run: The run, as `read_finished_run` has it.
         publication: Where it goes, and what only its author can say about it.
         checkpoint: A checkpoint other than the best one of the run.
 
@@ -37,7 +42,7 @@ def export_run(run: Run, publication: Publication, checkpoint: str | None = None
     """
     folder = run.folder / 'hub'
     folder.mkdir(exist_ok=True)
-    path = run.checkpoint(checkpoint)
+    path = _find_checkpoint(run, checkpoint)
     student = _load_student(run, path)
     state = load_checkpoint_metadata(path)
     epoch, is_ema = state.get('epoch'), state.get('state_dict_ema') is not None
@@ -54,7 +59,7 @@ def export_run(run: Run, publication: Publication, checkpoint: str | None = None
     names = ['model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv']
     (folder / 'args.yaml').write_text(yaml.safe_dump(scrub(run.args), default_flow_style=False), encoding='utf-8')
     (folder / 'summary.csv').write_bytes((run.folder / 'summary.csv').read_bytes())
-    has_curves = _draw_curves(run.summary, folder / 'curves.png')
+    has_curves = _draw_curves(run, folder / 'curves.png')
     if has_curves:
         names.append('curves.png')
     model_card(run, publication, epoch, is_ema, has_curves).save(folder / 'README.md')
@@ -85,31 +90,43 @@ def _load_student(run: Run, checkpoint: Path) -> nn.Module:
     return model
 
 
-def _draw_curves(summary: list[dict[str, float]], path: Path) -> bool:
+def _draw_curves(run: Run, path: Path) -> bool:
     """Draw loss, accuracy and agreement over the epochs; return whether there is anything to draw, and matplotlib."""
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        figure = draw_curves([Group([run], {}, run.record['student']['model'], {})], _CURVES, clock=False)
     except ImportError:
         _logger.warning('No curves in the model card: matplotlib is not installed (pip install timm-kd[demo]).')
         return False
-    panels = {
-        'loss': {'train_loss': 'training', 'eval_loss': 'validation'},
-        'percent': {'eval_top1': 'top-1', 'eval_top5': 'top-5', 'eval_agreement': 'agreement with the teacher'},
-    }
-    figure = Figure(figsize=(10, 3.6), layout='constrained')
-    for axes, (unit, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for column, label in columns.items():
-            points = [(row['epoch'], row[column]) for row in summary if column in row]
-            if points:
-                # A single epoch is a point, which a bare line would not show.
-                axes.plot(*zip(*points, strict=True), label=label, marker='o' if len(points) == 1 else None)
-        axes.set(xlabel='epoch', ylabel=unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    if not any(axes.lines for axes in figure.axes):
-        return False
-    figure.savefig(path, dpi=120)
-    return True
+    if figure is not None:
+        save_png(figure, path)
+    return figure is not None
+
+
+def read_finished_run(folder: str | Path) -> Run:
+    """Read the files that the training script leaves in its output folder, all of which a publication needs.
+
+    Raises:
+        UsageError: A file is missing or is not what the script writes.
+    """
+    try:
+        for name in ('run.json', 'args.yaml', 'summary.csv'):
+            Path(folder, name).open('rb').close()
+        run = read_run(Path(folder))
+        if not run.record['student']['model']:
+            raise ValueError('no student in it')
+    except OSError as error:
+        name = Path(error.filename).name
+        raise UsageError(f'{folder} is not the output folder of a run: {name}: {error.strerror}.') from None
+    except (ValueError, KeyError, TypeError) as error:  # UsageError is a ValueError: a damaged file
+        raise UsageError(f'{folder} is not the output folder of a run: {shortened(error).rstrip(".")}.') from None
+    return run
+
+
+def _find_checkpoint(run: Run, name: str | None) -> Path:
+    """Return the checkpoint to publish: `name` (a path, or a file of the run), else the best one, else the last."""
+    names = [name] if name else ['model_best.pth.tar', 'last.pth.tar']
+    candidates = [folder / file for file in names for folder in (run.folder, Path())]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UsageError(f'{run.folder} has no checkpoint {" or ".join(names)}: name another one.')
+    return found

@@ -13,8 +13,8 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 from ..errors import CommandError, ExitCode, UsageError
 from ..version import __version__
 from .card import Publication
-from .export import export_run
-from .run_files import read_run, without_token
+from .export import export_run, read_finished_run
+from .scrub import without_token
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def push_run(
         PushError: Anything else went wrong; the run is untouched.
     """
     _validate(repo_id)
-    run = read_run(run_dir)
+    run = read_finished_run(run_dir)
     publication = Publication(repo_id, revision=revision, license=license, dataset=dataset)
     try:
         files = export_run(run, publication, checkpoint)

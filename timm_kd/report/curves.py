@@ -19,12 +19,17 @@ PANELS = {'eval_loss': 'validation loss', 'eval_top1': 'top-1, %', 'eval_agreeme
 _TEXT = '#010203'  # black to the eye in a PNG; `to_svg` finds it and puts the colour of the page's text in its place
 
 
-def draw_curves(groups: Sequence['Group'], columns: dict[str, str] = PANELS) -> 'Figure | None':
+def draw_curves(
+        groups: Sequence['Group'],
+        columns: dict[str, str] = PANELS,
+        clock: bool = True,
+) -> 'Figure | None':
     """Draw columns of summary.csv over epochs, and over hours where those were recorded.
 
     Args:
         groups: The groups; the first twelve have a colour and a place in the legend, the rest are grey.
         columns: Label of each column's axis.
+        clock: Whether hours are wanted.
 
     Returns:
         The figure, or None where no run has an epoch with such a column.
@@ -41,7 +46,7 @@ def draw_curves(groups: Sequence['Group'], columns: dict[str, str] = PANELS) -> 
     }
     if not shown:
         return None
-    timed = any(run.hours() for group in groups for run in group.runs)
+    timed = clock and any(run.hours() for group in groups for run in group.runs)
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'timm-kd', 'axes.titlesize': 'medium'} | {
         name: _TEXT for name in ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
     }):

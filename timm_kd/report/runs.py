@@ -67,6 +67,10 @@ class Run:
         seconds = sum(epoch['train_seconds'] for epoch in epochs)
         return sum(epoch['images'] for epoch in epochs) / seconds if seconds else None
 
+    def epoch(self, number: int | None) -> dict[str, float]:
+        """Return the row of summary.csv of an epoch, empty where there is none."""
+        return next((row for row in self.rows if row['epoch'] == number), {})
+
     def hours(self) -> dict[int, float]:
         """Return the hours of wall clock from the start of training to the end of each epoch, pauses left out."""
         total, hours = 0.0, {}

@@ -2,6 +2,7 @@
 import csv
 import io
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,14 +15,25 @@ from .groups import Row, Spread
 def markdown_table(rows: list[Row]) -> str:
     """Return the table in Markdown, aligned so that a terminal shows it as well."""
     head = _columns(rows)
-    cells = [head, *([text.replace('|', r'\|') for text in _texts(row, head)] for row in rows)]
+    right = {name for name in head if name in rows[0].figures or name == 'seeds'}
+    return aligned(head, [_texts(row, head) for row in rows], right)
+
+
+def aligned(head: list[str], rows: list[list[str]], right: Container[str] = ()) -> str:
+    """Return a Markdown table whose columns are as wide as their widest cell.
+
+    Args:
+        head: The names of the columns.
+        rows: The cells of each row.
+        right: Columns whose cells stand to the right.
+    """
+    cells = [head, *([text.replace('|', r'\|') for text in row] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    right = [name in rows[0].figures or name == 'seeds' for name in head]
-    rule = ['-' * (width - 1) + (':' if to_right else '-') for width, to_right in zip(widths, right, strict=True)]
+    rule = ['-' * (width - 1) + (':' if name in right else '-') for name, width in zip(head, widths, strict=True)]
 
     def line(texts: list[str]) -> str:
-        padded = (text.rjust(width) if to_right else text.ljust(width)
-                  for text, width, to_right in zip(texts, widths, right, strict=True))
+        padded = (text.rjust(width) if name in right else text.ljust(width)
+                  for name, text, width in zip(head, texts, widths, strict=True))
         return f'| {" | ".join(padded)} |\n'
 
     return ''.join(map(line, [head, rule, *cells[1:]]))
