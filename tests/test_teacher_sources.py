@@ -242,7 +242,7 @@ def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy
 def test_folder_with_a_pickle_that_would_run_code_runs_nothing(folder):
     (folder / 'model.safetensors').unlink()
     torch.save({'extra': helpers.RunsCode(folder / 'ran')}, folder / 'pytorch_model.bin')
-    with pytest.raises(UsageError, match="teacher '"):
+    with pytest.raises(UsageError, match=r"teacher '.*could run code.*safetensors"):
         Teacher(str(folder), 5)
     assert not (folder / 'ran').exists()
 
@@ -359,16 +359,6 @@ def test_cold_cache_offline_says_so(offline):
 
 def test_list_of_one_is_a_teacher_of_its_own(folder):
     assert isinstance(create_teacher([str(folder)], 5), Teacher)
-
-
-def test_folder_with_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
-    folder, ran = tmp_path / 'teacher', tmp_path / 'ran'
-    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=7), folder, safe_serialization=False)
-
-    torch.save({'fc.weight': helpers.RunsCode(ran)}, folder / 'pytorch_model.bin')
-    with pytest.raises(UsageError, match='could run code.*safetensors'):
-        Teacher(f'local-dir:{folder}', 7)
-    assert not ran.exists()
 
 
 def test_teacher_is_in_eval_mode_from_the_start():

@@ -70,9 +70,8 @@ class InputAdapter(nn.Module):
 
     def _fold(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return scale and shift of the affine map, both `[1, C, 1, 1]`; (None, None) where nothing differs."""
-        normalised_alike = self.mean is None or self.std is None or (
-            (self.mean, self.std) == (self.teacher_mean, self.teacher_std)
-        )
+        teacher_norm = self.teacher_mean, self.teacher_std
+        normalised_alike = self.mean is None or self.std is None or (self.mean, self.std) == teacher_norm
         if normalised_alike and self.in_chans == self.teacher_chans:
             return None, None
         teacher_mean, teacher_std = _per_channel(self.teacher_mean), _per_channel(self.teacher_std)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -72,53 +73,49 @@ def load_class_map(spec: str | Path, num_classes: int, teacher_classes: int, mis
     if missing not in ('error', 'mask'):
         raise UsageError(f"`class_map_missing` {missing!r} is neither 'error' nor 'mask'.")
     if str(spec) in NAMED_MAPS:
-        synsets, indices = _imagenet_map(str(spec), num_classes, teacher_classes)
+        classes, indices = _imagenet_map(name, NAMED_MAPS[str(spec)], num_classes, teacher_classes)
     else:
-        synsets, indices = None, _read_map(Path(spec).expanduser(), name, num_classes)
+        classes, indices = range(num_classes), _read_map(Path(spec).expanduser(), name, num_classes)
     if len(indices) != num_classes:
         raise UsageError(f'{name} has {len(indices)} entries, the student {num_classes} classes: one index for each.')
-    known = [i for i in indices if i != _MISSING]
-    wrong = sorted({i for i in known if not 0 <= i < teacher_classes})
+    counts = Counter(i for i in indices if i != _MISSING)
+    wrong = sorted(i for i in counts if not 0 <= i < teacher_classes)
     if wrong:
         raise UsageError(
             f'{name} has {_listed(wrong)} out of range: the teacher has {teacher_classes} classes, '
             f'0 to {teacher_classes - 1}.'
         )
-    repeated = sorted({i for i in known if known.count(i) > 1}) if len(set(known)) < len(known) else []
+    repeated = sorted(i for i, count in counts.items() if count > 1)
     if repeated:
         raise UsageError(
             f'{name} gives the teacher\'s class {_listed(repeated)} to several classes of the student: '
             'each needs one of its own.'
         )
-    lacking = [synsets[c] if synsets else c for c, i in enumerate(indices) if i == _MISSING]
+    lacking = [student_class for student_class, i in zip(classes, indices, strict=True) if i == _MISSING]
     if lacking and missing == 'error':
         raise UsageError(
             f'{name}: the teacher lacks {len(lacking)} of the student\'s classes ({_listed(lacking)}); '
             '`class_map_missing` mask trains them without a distillation term.'
         )
-    if len(lacking) == num_classes:
+    if not counts:
         raise UsageError(f'{name}: the teacher has none of the student\'s {num_classes} classes.')
     return indices
 
 
-def _imagenet_map(name: str, num_classes: int, teacher_classes: int) -> tuple[list[str], list[int]]:
-    """Return the synset names of ImageNet-1k and the index of each in the larger set."""
-    student, teacher = ImageNetInfo('imagenet-1k').label_names(), ImageNetInfo(NAMED_MAPS[name]).label_names()
+def _imagenet_map(name: str, larger: str, num_classes: int, teacher_classes: int) -> tuple[list[str], list[int]]:
+    """Return the synsets of ImageNet-1k, and the index of each in the larger ImageNet of that name."""
+    student, teacher = ImageNetInfo('imagenet-1k').label_names(), ImageNetInfo(larger).label_names()
     if num_classes != len(student):
         raise UsageError(
-            f'`class_map` {name} is for a student of the {len(student)} classes of ImageNet-1k, '
-            f'this one has {num_classes}.'
-        )
+            f'{name} is for a student of the {len(student)} classes of ImageNet-1k, this one has {num_classes}.')
     if teacher_classes != len(teacher):
-        raise UsageError(
-            f'`class_map` {name} is for a teacher of {len(teacher)} classes, this one has {teacher_classes}.'
-        )
+        raise UsageError(f'{name} is for a teacher of {len(teacher)} classes, this one has {teacher_classes}.')
     position = {synset: i for i, synset in enumerate(teacher)}
     return student, [position.get(synset, _MISSING) for synset in student]
 
 
 def _read_map(path: Path, name: str, num_classes: int) -> list[int]:
-    """Return the entries of a map file, as integers."""
+    """Return the entries of a map file."""
     try:
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
@@ -126,32 +123,22 @@ def _read_map(path: Path, name: str, num_classes: int) -> list[int]:
             f"{name} is neither a readable text file nor one of the names {', '.join(NAMED_MAPS)}."
         ) from error
     try:
-        if path.suffix.lower() == '.json':
-            entries = json.loads(text)
-            if isinstance(entries, dict):
-                entries = _from_object({int(k): v for k, v in entries.items()}, name, num_classes)
-            if not isinstance(entries, list):
-                raise ValueError(f'a {type(entries).__name__} at the top')
-            entries = [_MISSING if entry is None else entry for entry in entries]
-            if not all(type(entry) is int for entry in entries):
-                raise ValueError('an entry that is no integer')
-            return entries
-        return [int(line) for line in text.split()]
-    except UsageError:
-        raise
+        if path.suffix.lower() != '.json':
+            return [int(line) for line in text.split()]
+        entries = json.loads(text)
+        if isinstance(entries, dict):
+            by_class = {int(key): index for key, index in entries.items()}
+            entries = [by_class.pop(student_class, None) for student_class in range(num_classes)]
+            if by_class:
+                raise ValueError(f'it maps class {_listed(sorted(by_class))}, the student has 0 to {num_classes - 1}')
+        if not isinstance(entries, list) or not all(entry is None or type(entry) is int for entry in entries):
+            raise ValueError('it holds something else')
+        return [_MISSING if entry is None else entry for entry in entries]
     except ValueError as error:
         raise UsageError(
             f'{name} is not a class map ({error}): a text file with one index a line, a JSON list of indices, '
             'or a JSON object {student index: teacher index}.'
         ) from error
-
-
-def _from_object(entries: dict[int, int | None], name: str, num_classes: int) -> list[int | None]:
-    """Return a JSON object as a list; a class without a key is one the teacher lacks."""
-    wrong = sorted(k for k in entries if not 0 <= k < num_classes)
-    if wrong:
-        raise UsageError(f'{name} maps the student\'s class {_listed(wrong)}, which has 0 to {num_classes - 1}.')
-    return [entries.get(c, _MISSING) for c in range(num_classes)]
 
 
 def _listed(items: list, most: int = 10) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,44 +112,6 @@ def warn_of_bce(name: str) -> None:
         f'Teacher {name} is {name}.{cfg.tag}, of a recipe that trains with binary cross-entropy: its softmax is not '
         'calibrated as the distillation losses assume. '
         + (f'{better} was trained with softmax cross-entropy.' if better else 'Name the tag if you mean it.')
-    )
-
-
-@dataclass
-class WeightsFile:
-    """A state dict, and the training arguments and architecture that timm's script and this one save beside it."""
-
-    state_dict: dict[str, torch.Tensor]
-    args: dict[str, Any] = field(default_factory=dict)
-    arch: str | None = None
-
-
-def read_weights_file(path: Path, use_ema: bool = False) -> WeightsFile:
-    """Read `.safetensors`, or a PyTorch file with `weights_only`, and strip the prefixes of DDP and torch.compile.
-
-    Args:
-        path: The file: a state dict, or a checkpoint of timm's script, of torchvision's references or of this script.
-        use_ema: Take the averaged weights of a checkpoint.
-
-    Raises:
-        UsageError: If the file is missing, truncated, no checkpoint, or would run code when loaded.
-    """
-    name = f"teacher '{path}'"
-    checkpoint = load_file(path, name)
-    if not isinstance(checkpoint, dict):
-        raise UsageError(f'{name} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict.')
-    names = ('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model')
-    keys = [key for key in names if isinstance(checkpoint.get(key), dict)]
-    if use_ema and not keys:
-        raise UsageError(f'`use_ema`: {name} holds no EMA weights; leave it out.')
-    state_dict = checkpoint[keys[0]] if keys else checkpoint
-    if not state_dict or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise UsageError(f'{name} holds no state dict: a checkpoint has tensors by parameter name.')
-    args = checkpoint.get('args') if keys else None
-    return WeightsFile(
-        state_dict=clean_state_dict(state_dict),
-        args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {},
-        arch=checkpoint.get('arch') if keys else None,
     )
 
 
@@ -264,9 +225,9 @@ def _load_file(
         use_ema: bool,
 ) -> nn.Module:
     """Build `model` and load a weights file into it strictly, by way of timm's own conversion of older formats."""
-    weights = read_weights_file(path, use_ema)
+    state_dict, saved, arch = _read_weights_file(path, use_ema)
     if model is None:
-        hint = f', {weights.arch} as the file has it' if weights.arch else ''
+        hint = f', {arch} as the file has it' if arch else ''
         raise UsageError(f"teacher '{path}' needs `model`, the architecture of its weights{hint}.")
     if not is_model(get_arch_name(model)):
         raise UsageError(f'`model` {model} is no architecture of timm {timm.__version__}{nearest_model(model)}.')
@@ -274,29 +235,53 @@ def _load_file(
         get_pretrained_cfg(model)
     except RuntimeError as error:
         raise UsageError(f'`model` {model}: timm has no such tag; the architecture alone will do.') from error
-    saved = weights.args
     built_with = {**(saved.get('model_kwargs') or {}), 'global_pool': saved.get('gp'), **kwargs}
     args = _resolve(model, in_chans, img_size, built_with, saved)
-    cfg = _describe_weights(args['pretrained_cfg'], weights, num_classes)
+    cfg = _describe_weights(args['pretrained_cfg'], state_dict, saved, num_classes)
     args.update(pretrained_cfg=cfg, num_classes=cfg['num_classes'])
     try:
         teacher = create_model(pretrained=True, **args)
     except RuntimeError as error:
-        if weights.arch in (None, model, get_arch_name(model)):
+        if arch in (None, model, get_arch_name(model)):
             raise
-        raise RuntimeError(f'the file says {weights.arch}. {error}') from error
+        raise RuntimeError(f'the file says {arch}. {error}') from error
     # After the weights: the head of a file of another architecture does not tell what is wrong.
     check_num_classes(str(path), cfg['num_classes'], expected)
     del teacher.pretrained_cfg['state_dict']  # a second copy of the weights
     return teacher
 
 
-def _describe_weights(cfg: dict[str, Any], weights: WeightsFile, num_classes: int | None) -> dict[str, Any]:
-    """Return the architecture's pretrained config, made to describe a weights file instead of timm's weights."""
-    state, saved = weights.state_dict, weights.args
+def _read_weights_file(path: Path, use_ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any], str | None]:
+    """Return a state dict, and the training arguments and architecture that timm's script and this one save beside it.
 
+    The file is a state dict, or a checkpoint of timm's script, of torchvision's references or of this script; the
+    prefixes of DDP and torch.compile are stripped.
+    """
+    name = f"teacher '{path}'"
+    checkpoint = load_file(path, name)
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f'{name} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict.')
+    names = ('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model')
+    key = next((key for key in names if isinstance(checkpoint.get(key), dict)), None)
+    if use_ema and key is None:
+        raise UsageError(f'`use_ema`: {name} holds no EMA weights; leave it out.')
+    state_dict, beside = (checkpoint, {}) if key is None else (checkpoint[key], checkpoint)
+    if not state_dict or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise UsageError(f'{name} holds no state dict: a checkpoint has tensors by parameter name.')
+    args = beside.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return clean_state_dict(state_dict), args if isinstance(args, dict) else {}, beside.get('arch')
+
+
+def _describe_weights(
+        cfg: dict[str, Any],
+        state_dict: dict[str, torch.Tensor],
+        saved: dict[str, Any],
+        num_classes: int | None,
+) -> dict[str, Any]:
+    """Return the architecture's pretrained config, made to describe a weights file instead of timm's weights."""
     def weight(module: str | tuple[str, ...] | None) -> torch.Tensor | None:
-        return state.get(f'{module[0] if isinstance(module, tuple | list) else module}.weight')
+        return state_dict.get(f'{module[0] if isinstance(module, tuple | list) else module}.weight')
 
     cfg = {key: value for key, value in cfg.items() if key not in _TIMM_WEIGHTS}
     stem, head = weight(cfg.get('first_conv')), weight(cfg.get('classifier'))
@@ -304,7 +289,7 @@ def _describe_weights(cfg: dict[str, Any], weights: WeightsFile, num_classes: in
     data = resolve_data_config({key: saved.get(key) for key in ('mean', 'std', 'interpolation')}, pretrained_cfg=cfg)
     return {
         **cfg,
-        'state_dict': state,
+        'state_dict': state_dict,
         'input_size': (chans, *cfg['input_size'][1:]),
         'num_classes': len(head) if head is not None else saved.get('num_classes') or num_classes or cfg['num_classes'],
         **{key: data[key] for key in ('mean', 'std', 'interpolation')},

@@ -370,10 +370,6 @@ class TeacherEnsemble(nn.Module):
         log_probs = torch.stack([each.log_softmax(dim=1) for each in logits])
         return log_probs.logsumexp(dim=0) - math.log(len(logits))
 
-    def weights_hash(self) -> str:
-        """Return the sha256 over the members' hashes, in their order."""
-        return hashlib.sha256(' '.join(m.weights_hash() for m in self._members).encode()).hexdigest()
-
     def fingerprint(self) -> dict[str, Any]:
         """Return all that decides the logits of an image, of each member by its number."""
         return {str(i): member.fingerprint() for i, member in enumerate(self._members)}
