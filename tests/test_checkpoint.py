@@ -25,11 +25,9 @@ def make_saver(folder: Path, cls: type = AtomicSaver, max_history: int = 2) -> C
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    saver = cls(
+    return cls(
         model, optimizer, task=ClassificationTask(model, verbose=False), checkpoint_dir=str(folder),
         recovery_dir=str(folder), max_history=max_history)
-    saver.run_state = {'run_id': 'a', 'ranks': [], 'history': []}
-    return saver
 
 
 def test_history_and_best_are_those_of_timms_saver(tmp_path):
@@ -132,20 +130,17 @@ def test_recoveries_are_ordered_by_progress_not_by_name(tmp_path):
 
 def test_newer_of_last_and_recovery_is_taken(tmp_path):
     saver = make_saver(tmp_path)
-    saver.save_checkpoint(0, 1.0)
-    saver.run_state = dict(saver.run_state, batch=4, batches=8, epoch_trained=False)
-    saver.save_recovery(1, 3)
+    saver.save_checkpoint(0, 1.0, {'run_id': 'a'})
+    saver.save_recovery(1, 3, {'run_id': 'a', 'batch': 4, 'batches': 8, 'epoch_trained': False})
     assert find_resume_point(tmp_path, 'a', replayable=True).name == 'recovery-1-3.pth.tar'
     assert find_resume_point(tmp_path, 'a', replayable=False).name == 'last.pth.tar'
-    saver.run_state = {'run_id': 'a', 'ranks': [], 'history': []}
-    saver.save_checkpoint(1, 1.0)
+    saver.save_checkpoint(1, 1.0, {'run_id': 'a'})
     assert find_resume_point(tmp_path, 'a', replayable=True).name == 'last.pth.tar'
     assert find_resume_point(tmp_path, 'b', replayable=True) is None
 
 
 def test_run_state_is_read_with_weights_only(tmp_path):
-    saver = make_saver(tmp_path)
-    saver.save_checkpoint(0, 1.0)
+    make_saver(tmp_path).save_checkpoint(0, 1.0, {'run_id': 'a'})
     assert run_state_of(read_checkpoint(tmp_path / 'last.pth.tar'))['run_id'] == 'a'
 
 

@@ -24,7 +24,7 @@ from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from timm_kd.teacher_cache.cached_teacher import HostCopies
 from timm_kd.teacher_cache.epoch_file import DiskFull, EpochFile, epoch_file_size
-from timm_kd.teacher_cache.folder import read_rows
+from timm_kd.teacher_cache.folder import epoch_files, read_rows
 from timm_kd.teacher_cache.key import fingerprint_dataset, fingerprint_teacher, write_new
 
 NUM_CLASSES, PER_CLASS, SIZE = 10, 4, 32
@@ -437,7 +437,7 @@ def test_only_names_that_a_cache_writes_are_its_epochs(tmp_path, caplog):
     names = '99999999999999999999', '12', '00012', '-001', '0012.old', '\u0661\u0662\u0663\u0664', '1e04'
     for name in names:
         (tmp_path / f'epoch-{name}.logits').write_bytes(b'')
-    assert list(cache.epoch_files()) == [12]
+    assert list(epoch_files(cache.path)) == [12]
     assert all(f'epoch-{name}.logits is no epoch' in caplog.text for name in names)
 
 

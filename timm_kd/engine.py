@@ -77,22 +77,6 @@ class Progress:
     samples: int
 
 
-class _Accumulation:
-    """Which batches of an epoch end an update, and by how many batches each one's gradient is divided."""
-
-    def __init__(self, num_batches: int, steps: int):
-        self.num_batches = num_batches
-        self.steps = steps
-        self.last_steps = num_batches % steps or steps
-        self.updates = (num_batches + steps - 1) // steps
-
-    def ends_update(self, batch_idx: int) -> bool:
-        return (batch_idx + 1) % self.steps == 0 or batch_idx == self.num_batches - 1
-
-    def divisor(self, batch_idx: int) -> int:
-        return self.last_steps if batch_idx >= self.num_batches - self.last_steps else self.steps
-
-
 def train_one_epoch(
         task: TrainingTask,
         loader: torch.utils.data.DataLoader,
@@ -124,9 +108,11 @@ def train_one_epoch(
         first_batch: Batches of this epoch that are already done (and that the loader leaves out).
         on_update: Called after each update.
     """
-    accumulation = _Accumulation(len(loader), settings.grad_accum_steps)
+    num_batches, accum_steps = len(loader), settings.grad_accum_steps
+    last_accum_steps = num_batches % accum_steps or accum_steps
+    updates_per_epoch = -(-num_batches // accum_steps)
     create_graph = getattr(optimizer, 'is_second_order', False)
-    num_updates = epoch * accumulation.updates + first_batch // settings.grad_accum_steps
+    num_updates = epoch * updates_per_epoch + first_batch // accum_steps
     step_time, data_time = AverageMeter(), AverageMeter()
     task.train()
     optimizer.zero_grad()
@@ -137,11 +123,11 @@ def train_one_epoch(
         if mixup_fn is not None:
             input, target = mixup_fn(input, target)
         input = settings.arrange(input)
-        need_update = accumulation.ends_update(batch_idx)
+        need_update = (batch_idx + 1) % accum_steps == 0 or batch_idx + 1 == num_batches
+        divisor = last_accum_steps if batch_idx >= num_batches - last_accum_steps else accum_steps
         with nullcontext() if need_update else task.no_sync():
             with settings.autocast():
                 result = task(input, target)
-                divisor = accumulation.divisor(batch_idx)
                 loss = result['loss'] / divisor if divisor > 1 else result['loss']
                 scale = settings.loss_scale(len(input))
                 scaled_loss = loss * scale if scale != 1 else loss
@@ -159,8 +145,7 @@ def train_one_epoch(
         step_time.update(now - update_start)
         data_time.update(data_seconds)
         on_update(Progress(
-            epoch, batch_idx // settings.grad_accum_steps, accumulation.updates, batch_idx, input, step_time, data_time,
-            samples,
+            epoch, batch_idx // accum_steps, updates_per_epoch, batch_idx, input, step_time, data_time, samples,
         ))
         if lr_scheduler is not None:
             lr_scheduler.step_update(num_updates=num_updates)
@@ -282,17 +267,12 @@ def evaluate_teacher(
     teacher = _SideBySide(members)
     metrics = validate(teacher, loader, evaluator, settings, tta=tta, distributed=distributed)
     for member, result in zip(members, metrics, strict=True):
-        _report_teacher(member, result, teacher.image_size)
+        top1, chance = result['top1'], 100 / member.num_classes
+        _logger.info(
+            f'Teacher {member.describe(teacher.image_size)}: top-1 {top1:.2f} %, top-5 {result["top5"]:.2f} % on the '
+            'validation set')
+        if top1 <= chance:
+            _logger.warning(
+                f'--teacher {member.source} is no better than chance (top-1 {top1:.2f} %, chance {chance:.2f} %): its '
+                'classes are usually in another order than the data set has them (--class-map, --teacher-class-map).')
     return metrics, evaluator.predictions()
-
-
-def _report_teacher(teacher: nn.Module, metrics: OrderedDict[str, float], image_size: tuple[int, int]) -> None:
-    _logger.info(
-        f'Teacher {teacher.describe(image_size)}: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % '
-        'on the validation set')
-    chance = 100 / teacher.num_classes
-    if metrics['top1'] <= chance:
-        _logger.warning(
-            f'--teacher {teacher.source} is no better than chance (top-1 {metrics["top1"]:.2f} %, chance '
-            f'{chance:.2f} %): its classes are usually in another order than the data set has them (--class-map, '
-            '--teacher-class-map).')

@@ -22,6 +22,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file so that a kill leaves either the old one or the new one, whole."""
     temporary = f'{path}.tmp'
@@ -39,16 +42,14 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 class FolderLock:
     """A folder's lock against a second process that would write there; a process that is killed loses it.
 
-    It is a lock of POSIX records on a file in the folder. They work over NFS too, and forked workers, which outlive
+    It is a lock of POSIX records on `run.lock` in the folder. They work over NFS too, and forked workers, which outlive
     their killed parent for some seconds, do not inherit them.
 
     Args:
-        name: The name of the file.
         patience: Seconds to wait for a process that is just ending.
     """
 
-    def __init__(self, name: str = 'run.lock', patience: float = 10.0):
-        self._name = name
+    def __init__(self, patience: float = 10.0):
         self._patience = patience
         self._path: Path | None = None
         self._file = None
@@ -71,7 +72,7 @@ class FolderLock:
         """
         if self._file is not None or fcntl is None:
             return True
-        self._path = Path(folder, self._name)
+        self._path = Path(folder, 'run.lock')
         deadline = time.monotonic() + self._patience
         while True:
             file = open(self._path, 'a')

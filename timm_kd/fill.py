@@ -23,7 +23,15 @@ from .process import setup_process
 from .setup import Setup, count_epochs, evaluate_run_teacher, open_cached_teacher, set_up
 from .teacher_cache import CachedTeacher
 from .teacher_cache.cached_teacher import epoch_rows
-from .teacher_cache.folder import ARGS_FILE, epoch_files, read_precision, read_rows
+from .teacher_cache.folder import (
+    ARGS_FILE,
+    TEACHER_FILE,
+    epoch_files,
+    epoch_path,
+    precision_of,
+    read_rows,
+    read_teacher,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -76,11 +84,7 @@ class TeacherRun:
         return epoch_rows(self.setup.data.loader.batch_sampler, self.teacher.by_position, epoch)
 
 
-def open_run(
-        argv: list[str],
-        epochs: Sequence[int] | None = None,
-        live: bool = False,
-) -> TeacherRun:
+def open_run(argv: list[str], epochs: Sequence[int] | None = None, live: bool = False) -> TeacherRun:
     """Build what a training run with these flags would show its teacher.
 
     Args:
@@ -138,14 +142,12 @@ def _fill(run: TeacherRun) -> None:
     images_per_batch = args.batch_size * run.setup.process.world_size
     num_images = images_per_batch * sum(run.num_batches - start for start in starts.values())
     started = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        # Bar and log lines share a terminal; a file gets the lines alone.
-        visible = run.setup.process.primary and sys.stderr is not None and sys.stderr.isatty()
-        if visible:
-            stack.enter_context(logging_redirect_tqdm())
-        bar = stack.enter_context(tqdm(
-            total=num_images, unit=' images', unit_scale=True, dynamic_ncols=True, disable=not visible,
-        ))
+    # Bar and log lines share a terminal; a file gets the lines alone.
+    visible = run.setup.process.primary and sys.stderr is not None and sys.stderr.isatty()
+    with (
+        logging_redirect_tqdm() if visible else contextlib.nullcontext(),
+        tqdm(total=num_images, unit=' images', unit_scale=True, dynamic_ncols=True, disable=not visible) as bar,
+    ):
         for epoch, start in starts.items():
             for images in run.images(epoch, start) if start < run.num_batches else ():
                 with run.setup.steps.autocast():
@@ -211,8 +213,9 @@ def _trusted_flags(folder: Path) -> dict[str, Any]:
     if not isinstance(flags, dict):
         raise UsageError(f'{path} holds no flags: give the flags after the folder.')
     flags = {name: value for name, value in flags.items() if name in _DECIDE_IMAGES + _DECIDE_LOGITS}
-    if flags.get('teacher_dtype', 'auto') == 'auto' and read_precision(folder):
-        flags['teacher_dtype'] = read_precision(folder)  # on this machine `auto` may be another
+    precision = precision_of(read_teacher(folder / TEACHER_FILE))
+    if flags.get('teacher_dtype', 'auto') == 'auto' and precision:
+        flags['teacher_dtype'] = precision  # on this machine `auto` may be another
     return flags
 
 
@@ -229,7 +232,7 @@ def _verify_epoch(run: TeacherRun, epoch: int, num_batches: int) -> bool:
     sample = np.random.default_rng(epoch).choice(complete, min(num_batches, len(complete)), replace=False)
     worst = max((_difference(run, epoch, batch) for batch in sorted(sample.tolist())), default=0.0)
     if worst > _TOLERANCE:
-        verdict = f'DIFFERS, delete {folder.epoch_path(epoch)} to have it computed again'
+        verdict = f'DIFFERS, delete {epoch_path(folder.path, epoch)} to have it computed again'
     elif damaged:
         verdict = 'DAMAGED'
     else:

@@ -3,7 +3,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,8 +128,7 @@ class Loop:
     def run(self) -> list[dict[str, Any]]:
         """Train to the last epoch, or until Ctrl-C, and return the results of all epochs that are done."""
         settings = self.settings
-        with self.stop, ExitStack() as stack:
-            stack.callback(self.log.close)
+        with self.stop, closing(self.log):
             self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
             try:
                 for epoch in range(settings.start_epoch, settings.num_epochs):
@@ -218,13 +217,8 @@ class Loop:
         update_idx, trained = self._num_updates(batches) - 1, batches == len(self.data.loader)
         ranks = gather_rank_states(own, self.process)
         if self.saver is not None:
-            self.saver.run_state = dict(
-                self._run_state(ranks),
-                batch=batches,
-                batches=len(self.data.loader),
-                epoch_trained=trained,
-            )
-            self.saver.save_recovery(epoch, batch_idx=update_idx)
+            place = {'batch': batches, 'batches': len(self.data.loader), 'epoch_trained': trained}
+            self.saver.save_recovery(epoch, update_idx, {**self._run_state(ranks), **place})
         if self.stop.agreed:
             self.stop.leave(f'epoch {epoch}, {"validation" if trained else f"update {update_idx}"}')
 
@@ -240,33 +234,23 @@ class Loop:
         }
 
     def _finish_epoch(self, epoch: int) -> None:
-        """Validates, writes the summary's row and saves, in timm's order."""
+        """Validate, write the summary's row and save, in timm's order."""
         settings = self.settings
         train_metrics = self.totals.averages(self.process.world_size)
-        completed = epoch + 1
+        completed, metric = epoch + 1, None
         if completed % settings.val_interval and completed not in (settings.num_epochs, *settings.save_epochs):
             _logger.info(f'Skipping eval for epoch: {epoch}')
-            self._save(epoch, None)
-            self._step_scheduler(completed, None)
-            return
-        eval_metrics = self._validate(epoch) if self.eval_loader is not None else None
-        self.history.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
-        if self.summary is not None:
-            self.log.epoch(self.summary.append(epoch, train_metrics, eval_metrics, self._lr()))
-        metric = (eval_metrics or train_metrics)[settings.eval_metric]
-        self._save(epoch, metric)
-        self._step_scheduler(completed, metric)
-
-    def _save(self, epoch: int, metric: float | None) -> None:
+        else:
+            eval_metrics = self._validate(epoch) if self.eval_loader is not None else None
+            self.history.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
+            if self.summary is not None:
+                self.log.epoch(self.summary.append(epoch, train_metrics, eval_metrics, self._lr()))
+            metric = (eval_metrics or train_metrics)[settings.eval_metric]
         ranks = gather_rank_states(self._rank_state(), self.process)
-        if self.saver is None:
-            return
-        self.saver.run_state = self._run_state(ranks)
-        self.saver.save_checkpoint(epoch, metric=metric)
-        if epoch + 1 in self.settings.save_epochs:
-            self.saver.save_milestone(epoch + 1)
-
-    def _step_scheduler(self, completed: int, metric: float | None) -> None:
+        if self.saver is not None:
+            self.saver.save_checkpoint(epoch, metric, self._run_state(ranks))
+            if completed in settings.save_epochs:
+                self.saver.save_milestone(completed)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(completed, metric)
 

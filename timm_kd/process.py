@@ -1,5 +1,4 @@
 """The process that a run lives in: its device and ranks, its random streams, its signals, and how it ends."""
-import errno
 import importlib
 import logging
 import os
@@ -19,6 +18,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch.distributed import register_rendezvous_handler, rendezvous
 
 from .errors import CommandError, ExitCode, UsageError, shortened
+from .files import NO_ROOM
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,6 @@ class Process:
 
 
 _RENDEZVOUS = 'timm-kd'
-_WITHOUT_TIMEOUT = timedelta(days=30)
 
 
 def _rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[torch.distributed.Store, int, int]]:
@@ -123,7 +122,7 @@ def setup_process(device: str, device_modules: list[str] | None = None) -> Proce
     rank, world_size = found['global_rank'], found['world_size']
     group = None
     if found['distributed']:
-        group = torch.distributed.new_group(backend='gloo', timeout=_WITHOUT_TIMEOUT)
+        group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=30))  # as good as none
         _logger.info(f'Process {rank} of {world_size} on {device}.')
     else:
         _logger.info(f'Training with a single process on 1 device ({device}).')
@@ -331,9 +330,6 @@ def print_out(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-
-
 @contextmanager
 def ending(
         program: str,
@@ -375,6 +371,6 @@ def _explain(error: BaseException, interrupted: str) -> tuple[int, str | None]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED, interrupted
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return ExitCode.FAILED, f'could not write {error.filename or "a file"} ({error.strerror}): free some space.'
     return ExitCode.FAILED, None

@@ -25,7 +25,7 @@ from .logs import RunLog, setup_logging
 from .loop import Loop, print_results
 from .process import ending, setup_process
 from .run.checkpoint import AtomicSaver
-from .run.record import RunRecord, Summary, read_timing
+from .run.record import Summary, read_record, read_timing, run_record, write_record
 from .run.resume import find_start, resume
 from .setup import (
     count_epochs,
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
 
     # The folder is made here, when nothing is wrong with the command line as far as can be known.
     eval_metric = args.eval_metric if setup.eval_loader is not None else 'loss'
-    record = RunRecord(
+    record = run_record(
         start.run_id,
         argv,
         dict(
@@ -117,17 +117,17 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     if start.epoch >= num_epochs:
         _logger.info(f'All {num_epochs} epochs are done: nothing to train.')
         if process.primary:
-            record.read(output_dir)
-            _report(saver, history, record)
+            _report(saver, history, read_record(output_dir) or record)
         return
 
     if process.primary:
         write_atomically(Path(output_dir, 'args.yaml'), args_text)
-        record.write(output_dir)
+        write_record(output_dir, record)
     teacher_predictions = None
     if teacher is not None and not args.no_teacher_eval and setup.eval_loader is not None:
         metrics, predictions = evaluate_run_teacher(setup, teacher)
-        record.set_teacher_metrics(metrics)
+        for member, result in zip(record['teacher'], metrics, strict=True):
+            member.update(top1=result['top1'], top5=result['top5'])
         # A stream is not certain to have the same order in each epoch.
         teacher_predictions = None if isinstance(setup.eval_loader.dataset, IterableDataset) else predictions
     if args.torchcompile:
@@ -161,8 +161,9 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     with teacher if args.teacher_cache else nullcontext():
         loop.run()
     if process.primary:
-        record.set_best(saver.best_epoch, saver.best_metric)
-        record.write(output_dir)
+        if saver.best_metric is not None:
+            record['best'] = {'epoch': saver.best_epoch, 'metric': saver.best_metric}
+        write_record(output_dir, record)
         _report(saver, history, record)
         if args.push_to_hub and loop.interrupted:
             _logger.warning(
@@ -232,10 +233,19 @@ def _create_saver(
     )
 
 
-def _record_epoch(record: RunRecord, output_dir: str | None, *timing: float) -> None:
-    record.add_epoch(*timing)
+def _record_epoch(
+        record: dict[str, Any],
+        output_dir: str | None,
+        epoch: int,
+        seconds: float,
+        train_seconds: float,
+        images: int,
+) -> None:
+    """Note the seconds of an epoch, those of its training alone, and how many images that was on."""
+    timing = {'epoch': epoch, 'seconds': round(seconds, 3), 'train_seconds': round(train_seconds, 3), 'images': images}
+    record['timing'].append(timing)
     if output_dir is not None:
-        record.write(output_dir)
+        write_record(output_dir, record)
 
 
 def _log_schedule(args: argparse.Namespace, num_epochs: int) -> None:
@@ -272,12 +282,11 @@ def _pretrained_source(args: argparse.Namespace) -> str | None:
     return args.model if args.pretrained else None
 
 
-def _report(saver: AtomicSaver, history: list[dict[str, Any]], record: RunRecord) -> None:
+def _report(saver: AtomicSaver, history: list[dict[str, Any]], record: dict[str, Any]) -> None:
     """Name the best epoch and print the `--result` block."""
-    teacher = record.content['teacher']
     if saver.best_metric is not None:
         _logger.info(f'*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})')
-    print_results(history, saver.best_epoch, **({'teacher': teacher} if teacher else {}))
+    print_results(history, saver.best_epoch, **({'teacher': record['teacher']} if record['teacher'] else {}))
 
 
 def _push(args: argparse.Namespace, output_dir: str) -> None:

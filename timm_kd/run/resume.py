@@ -19,7 +19,7 @@ from ..files import load_file
 from ..meters import StepTotals
 from ..process import Process, get_random_state, set_random_state
 from .checkpoint import find_recoveries
-from .record import read_run_id
+from .record import read_record
 
 _logger = logging.getLogger('train')
 
@@ -82,7 +82,8 @@ def find_start(
 
 def _locate(source: str, output_dir: str, replayable: bool) -> tuple[str, str | None, bool]:
     """Return the run's id, the checkpoint that it continues from, and whether that one lies in the run's own folder."""
-    known_id = read_run_id(output_dir)
+    record = read_record(output_dir)
+    known_id = None if record is None else record['run_id']
     path = source or None
     if source == 'auto':
         found = find_resume_point(output_dir, known_id, replayable)

@@ -17,8 +17,8 @@ from ..process import preserved_random_state
 from ..teacher import Teacher, TeacherEnsemble, create_teacher
 from ..teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from ..teacher_cache.cached_teacher import epoch_rows, num_predictions
-from ..teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision
-from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_file, read_key
+from ..teacher_cache.folder import KEY_FILE, TEACHER_FILE, precision_of, read_members, read_teacher
+from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_files
 from .base import Setup
 from .data import augmentation_settings, image_mode
 
@@ -102,9 +102,7 @@ def open_cached_teacher(
         UsageError: The cache was filled for another run's data or teacher, is damaged, or does not fit the disk.
     """
     args, process, data, eval_loader = setup.args, setup.process, setup.data, setup.eval_loader
-    _check_supported(setup)
-    if data.mixup_active:
-        _check_mixup_off(setup, epochs)
+    _check_supported(setup, epochs)
     by_position = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
     count = len(data.loader) * args.batch_size * process.world_size if by_position else len(data.dataset)
     layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
@@ -159,9 +157,10 @@ def open_cached_teacher(
     return cached(teacher)
 
 
-def _check_supported(setup: Setup) -> None:
+def _check_supported(setup: Setup, epochs: Sequence[int]) -> None:
     """Refuse what stored logits cannot follow."""
     args = setup.args
+    distinct, off = args.teacher_cache_epochs, args.mixup_off_epoch
     cache = f'--teacher-cache {args.teacher_cache}'
     if os.name != 'posix':
         raise UsageError(f'{cache}: needs the file locks of Linux or macOS, leave it out.')
@@ -175,12 +174,7 @@ def _check_supported(setup: Setup) -> None:
             f'--teacher-cache-topk {args.teacher_cache_topk}: spreads the rest over all classes, the masked ones '
             'included: leave out this or --teacher-class-map-missing mask.'
         )
-
-
-def _check_mixup_off(setup: Setup, epochs: Sequence[int]) -> None:
-    args = setup.args
-    distinct, off = args.teacher_cache_epochs, args.mixup_off_epoch
-    if distinct and off and distinct <= max(epochs, default=0):
+    if setup.data.mixup_active and distinct and off and distinct <= max(epochs, default=0):
         raise UsageError(
             f'--teacher-cache-epochs {distinct}: the epochs after --mixup-off-epoch {off} have other images than the '
             'stored ones, leave out one of the two.'
@@ -246,22 +240,16 @@ def _teacher_key(setup: Setup) -> Key:
         'img_size': args.teacher_img_size,
         'dtype': _requested_precision(args.teacher_cache, kd.teacher_dtype),
         'autocast': args.amp_dtype if kd.teacher_dtype == 'amp' else None,
-        'class_map': hash_file(class_map) if class_map and os.path.isfile(class_map) else class_map,
+        'class_map': hash_files(class_map) if class_map and os.path.isfile(class_map) else class_map,
         'class_map_missing': args.teacher_class_map_missing,
     }
-
-
-def _stored_teacher(folder: str) -> Key:
-    """Return what the key of a cache says of the teacher; nothing where there is no key."""
-    path = Path(folder, KEY_FILE)
-    teacher = read_key(path).get('teacher') if os.path.lexists(path) else None
-    return teacher if isinstance(teacher, dict) else {}
 
 
 def _requested_precision(folder: str, requested: str) -> str:
     """Return `--teacher-dtype` as the key has it: `auto` and the precision that it was at the fill are the same."""
     try:
-        same = _stored_teacher(folder).get('dtype') == 'auto' and read_precision(Path(folder)) == requested
+        same = read_teacher(Path(folder, KEY_FILE)).get('dtype') == 'auto' and \
+            precision_of(read_teacher(Path(folder, TEACHER_FILE))) == requested
     except OtherKey:
         same = False  # a damaged file, which opening the folder will refuse or clear
     return 'auto' if same else requested
@@ -269,7 +257,7 @@ def _requested_precision(folder: str, requested: str) -> str:
 
 def _check_precision(folder: Path, requested: str, teacher: Key) -> None:
     """Name the precision to give where `auto` is another one on this machine than it was on the one that filled."""
-    stored, own = read_precision(folder), precision_of(teacher)
+    stored, own = precision_of(read_teacher(folder / TEACHER_FILE)), precision_of(teacher)
     if requested == 'auto' and stored not in (None, own):
         raise UsageError(
             f'--teacher-cache {folder} was filled by a teacher in {stored}, and --teacher-dtype auto is {own} on this '
@@ -286,7 +274,7 @@ def _member_key(folder: str, number: int, spec: str) -> Key:
         if [member['source'] for member in members[number:number + 1]] != [spec]:
             raise
         _logger.warning(f'--teacher {spec} is not there: trusting the logits in {folder}.')
-        stored = _stored_teacher(folder).get('members', [])
+        stored = read_teacher(Path(folder, KEY_FILE)).get('members', [])
         return stored[number] if number < len(stored) else {}
 
 

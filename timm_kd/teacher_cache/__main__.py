@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cli.messages import in_flags
+from ..cli.parser import number
 from ..errors import ExitCode, UsageError
 from ..fill import fill, verify
 from ..logs import setup_logging
@@ -91,15 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     verifying = commands.add_parser('verify', allow_abbrev=False, help='compute a sample of rows again, and compare')
     for command in (info, verifying):
         command.add_argument('folder', metavar='DIR')
-    verifying.add_argument('--batches', type=_positive, default=2, help='batches to compute again of each stored epoch')
+    verifying.add_argument(
+        '--batches', type=number(int, above=0), default=2, help='batches to compute again of each stored epoch',
+    )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{number} is not above 0')
-    return number
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -99,19 +98,26 @@ class CachedTeacher(nn.Module):
         else:
             packed = self.layout.pack(self.teacher(images))
             if self.folder.writable:
-                self._store(rows, packed)
+                self._copies.start(rows, packed)
+                self._write_arrived()
             logits = self.layout.unpack(packed)
         if self._batch + 1 == len(self.batch_sampler):
             self.flush()
         return logits
 
     def _next_rows(self) -> np.ndarray:
-        if self._pass == self.batch_sampler.num_passes:
+        sampler = self.batch_sampler
+        if self._pass == sampler.num_passes:
             self._batch += 1
         else:
             self.flush()
-            self._pass, self._batch = self.batch_sampler.num_passes, self.batch_sampler.start_batch
-            self._open(self.batch_sampler.epoch)
+            self._pass, self._batch = sampler.num_passes, sampler.start_batch
+            if self.folder.writable:
+                with self._going_on_when_full():
+                    self._file = self.folder.open_epoch(sampler.epoch)
+            # A file that there was no room to make is empty.
+            if self._file is None and self.folder.has_epoch(sampler.epoch):
+                self._file = self.folder.open_epoch(sampler.epoch, writable=False)
         return self._rows_of(self._batch)
 
     def _rows_of(self, batch: int) -> np.ndarray:
@@ -124,11 +130,10 @@ class CachedTeacher(nn.Module):
             self._file.prefetch(self._rows_of(self._batch + 1))
         return self._copies.to_device(buffer)
 
-    def _store(self, rows: np.ndarray, packed: torch.Tensor) -> None:
-        self._copies.start(rows, packed)
+    def _write_arrived(self, wait: bool = False) -> None:
         with self._going_on_when_full():
-            for arrived, data in self._copies.arrived():
-                self._file.write(arrived, data)
+            for rows, data in self._copies.arrived(wait):
+                self._file.write(rows, data)
 
     @contextmanager
     def _going_on_when_full(self) -> Iterator[None]:
@@ -142,23 +147,12 @@ class CachedTeacher(nn.Module):
             self.folder.writable = False
             _logger.warning(f'{error} This run goes on with the live teacher and stores no more.')
 
-    def _open(self, epoch: int) -> None:
-        if self.folder.writable:
-            with self._going_on_when_full():
-                self._file = self.folder.open_epoch(epoch)
-        # A file that there was no room to make is empty.
-        if self._file is None and self.folder.has_epoch(epoch):
-            self._file = self.folder.open_epoch(epoch, writable=False)
-
     def flush(self) -> None:
         """Write the rows that are on their way and bring the epoch's file to the disk."""
         if self._file is None:
             return
-        file = self._file
-        with self._going_on_when_full():
-            for arrived, data in self._copies.arrived(wait=True):
-                file.write(arrived, data)
-        self._file = None
+        self._write_arrived(wait=True)
+        file, self._file = self._file, None
         with self._going_on_when_full():
             file.close()
 
@@ -170,14 +164,9 @@ class CachedTeacher(nn.Module):
     def __enter__(self) -> 'CachedTeacher':
         return self
 
-    def __exit__(
-            self,
-            kind: type[BaseException] | None,
-            error: BaseException | None,
-            traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if error is not None:
-            # It may be an error of the device, which would be raised again in its place by whoever waits for a copy.
+            # After an error of the device, waiting for a copy would raise a second one in its place.
             self._copies.drop()
         self.close()
 
@@ -261,15 +250,14 @@ class HostCopies:
         Args:
             wait: Wait for those on their way; else only for those before the last two.
         """
-        while self._pending and (wait or len(self._pending) > _MAX_PENDING or self._has_arrived()):
-            event, rows, data = self._pending.popleft()
+        while self._pending:
+            event, rows, data = self._pending[0]
             if event is not None:
+                if not (wait or len(self._pending) > _MAX_PENDING or event.query()):
+                    return
                 event.synchronize()
+            self._pending.popleft()
             yield rows, data.numpy()
-
-    def _has_arrived(self) -> bool:
-        event = self._pending[0][0]
-        return event is None or event.query()
 
     def drop(self) -> None:
         """Forget what is on its way."""

@@ -23,13 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..files import open_regular
+from ..files import NO_ROOM, open_regular
 
 _logger = logging.getLogger(__name__)
 
 _PAGE = 4096  # of the file; a machine's own may be larger
 _ROWS_AT_ONCE = 4096
-_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 class DiskFull(UsageError):
@@ -42,7 +41,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise DiskFull(
                 f'--teacher-cache {path}: the disk is full. What is stored so far is kept: make room and start again, '
                 'or store less with --teacher-cache-epochs or --teacher-cache-topk.'
@@ -50,13 +49,17 @@ def explained(path: Path) -> Iterator[None]:
         raise UsageError(f'--teacher-cache {error.filename or path}: {error.strerror}.') from error
 
 
-def _pages(num_bytes: int) -> int:
-    return -(-num_bytes // _PAGE) * _PAGE
+def _head_size(num_rows: int) -> int:
+    return _PAGE + -(-4 * num_rows // _PAGE) * _PAGE
 
 
 def epoch_file_size(num_rows: int, row_bytes: int) -> int:
     """Return the size of an epoch's file in bytes."""
-    return _PAGE + _pages(4 * num_rows) + num_rows * row_bytes
+    return _head_size(num_rows) + num_rows * row_bytes
+
+
+def _checksums_of(rows: np.ndarray) -> np.ndarray:
+    return np.array([zlib.crc32(row) or 1 for row in rows], dtype=np.uint32)
 
 
 class EpochFile:
@@ -80,30 +83,29 @@ class EpochFile:
         self.path = path
         self.row_bytes = row_bytes
         self.writable = writable
+        self._rows_at = _head_size(num_rows)
         with explained(path):
             self._fd = open_regular(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
         try:
-            self._allocate(epoch_file_size(num_rows, row_bytes), head=_PAGE + _pages(4 * num_rows))
+            self._allocate(epoch_file_size(num_rows, row_bytes))
         except BaseException:
             os.close(self._fd)
             raise
         self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY)
         self._unsynced = np.frombuffer(self._map, np.uint8, 1)
         self.checksums = np.frombuffer(self._map, np.uint32, num_rows, offset=_PAGE)
-        self._rows_at = _PAGE + _pages(4 * num_rows)
-        self._rows = np.frombuffer(self._map, np.uint8, num_rows * row_bytes, offset=self._rows_at)
-        self._rows = self._rows.reshape(num_rows, row_bytes)
+        self._rows = np.frombuffer(self._map, np.uint8, offset=self._rows_at).reshape(num_rows, row_bytes)
         if self._unsynced[0]:
             self.drop_damaged()
 
-    def _allocate(self, size: int, head: int) -> None:
+    def _allocate(self, size: int) -> None:
         found = os.fstat(self._fd).st_size
         if found == 0 and self.writable:
             with explained(self.path):
                 os.ftruncate(self._fd, size)
                 if hasattr(os, 'posix_fallocate'):
                     # The head is written through the map, where a full disk would be a SIGBUS.
-                    os.posix_fallocate(self._fd, 0, head)
+                    os.posix_fallocate(self._fd, 0, self._rows_at)
         elif found != size:
             raise UsageError(
                 f'--teacher-cache: {self.path} has {found} bytes instead of {size}, it was cut short: delete it to '
@@ -133,29 +135,21 @@ class EpochFile:
         self._unsynced[0] = 1
         neighbours = np.flatnonzero(np.diff(rows) != 1) + 1
         for start, stop in zip([0, *neighbours], [*neighbours, len(rows)], strict=True):
-            # Not through the map, where a full disk would be a SIGBUS.
+            left = memoryview(data[start:stop]).cast('B')
+            offset = self._rows_at + int(rows[start]) * self.row_bytes
             with explained(self.path):
-                self._write_at(
-                    memoryview(data[start:stop]).cast('B'), self._rows_at + int(rows[start]) * self.row_bytes,
-                )
-        self.checksums[rows] = self._checksums_of(data)
-
-    def _write_at(self, data: memoryview, offset: int) -> None:
-        while len(data):
-            written = os.pwrite(self._fd, data, offset)
-            if written == 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            data, offset = data[written:], offset + written
-
-    @staticmethod
-    def _checksums_of(data: np.ndarray) -> np.ndarray:
-        return np.array([zlib.crc32(row) or 1 for row in data], dtype=np.uint32)
+                while len(left):
+                    written = os.pwrite(self._fd, left, offset)  # through the map, a full disk would be a SIGBUS
+                    if written == 0:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                    left, offset = left[written:], offset + written
+        self.checksums[rows] = _checksums_of(data)
 
     def damaged(self) -> np.ndarray:
         """Return the numbers of the present rows whose checksum does not hold."""
         present = np.flatnonzero(self.checksums)
         blocks = np.split(present, range(_ROWS_AT_ONCE, len(present), _ROWS_AT_ONCE))
-        held = [self._checksums_of(self._rows[block]) == self.checksums[block] for block in blocks]
+        held = [_checksums_of(self._rows[block]) == self.checksums[block] for block in blocks]
         return present[~np.concatenate(held)]
 
     def drop_damaged(self) -> None:

@@ -90,7 +90,8 @@ class CacheFolder:
         self.writable = self._lock is not None
         try:
             with explained(self.path):
-                self._share()
+                if self.writable:
+                    self._share()
                 self._claim({'format': FORMAT, **key}, teacher, rebuild)
         except BaseException:
             self.close()
@@ -105,13 +106,14 @@ class CacheFolder:
                 'new or an empty folder.'
             )
 
-    def _share(self) -> None:
-        if self.writable:
-            import fcntl  # not on Windows, where only this feature is missed
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f'--teacher-cache {self.path} is being rebuilt by another run: wait for it.') from None
+    def _share(self, exclusive: bool = False) -> None:
+        import fcntl  # not on Windows, where only this feature is missed
+        try:
+            fcntl.flock(self._lock, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reason = 'has to be cleared, and another run is using it: wait for its end' if exclusive \
+                else 'is being rebuilt by another run: wait for it'
+            raise UsageError(f'--teacher-cache {self.path} {reason}.') from None
 
     def _claim(self, key: Key, teacher: Key | None, rebuild: bool) -> None:
         path = self.path / KEY_FILE
@@ -123,7 +125,7 @@ class CacheFolder:
             self._claim_both(key, teacher)
         except OtherKey:
             # A run that was refused before its first row leaves a key, and no reason to keep it.
-            if not rebuild and self.epoch_files():
+            if not rebuild and epoch_files(self.path):
                 raise
             self._clear()
             self._claim_both(key, teacher)
@@ -162,21 +164,15 @@ class CacheFolder:
     def _clear(self) -> None:
         if not self.writable:
             raise UsageError(f'--teacher-cache {self.path} cannot be written: use another folder.')
-        import fcntl
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f'--teacher-cache {self.path} has to be cleared, and another run is using it: wait for its end.'
-            ) from None
-        epochs = self.epoch_files().values()
+        self._share(exclusive=True)
+        epochs = epoch_files(self.path).values()
         if epochs:
             _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
         # The key goes last: a folder with a key never holds another key's rows, whenever clearing it is interrupted.
         others = (self.path / name for name in (TEACHER_FILE, MEMBERS_FILE, ARGS_FILE, KEY_FILE))
         for path in (*epochs, *self.path.glob(VALIDATION_FILES), *others):
             path.unlink(missing_ok=True)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._share()
 
     def close(self) -> None:
         """Give up the folder, its lock included."""
@@ -184,21 +180,14 @@ class CacheFolder:
             self._lock.close()
             self._lock = None
 
-    def epoch_files(self) -> dict[int, Path]:
-        """Return the files of the epochs that are there."""
-        return epoch_files(self.path)
-
-    def epoch_path(self, epoch: int) -> Path:
-        return self.path / _epoch_name(epoch)
-
     def has_epoch(self, epoch: int) -> bool:
         """Tell whether there is a file of an epoch; an empty one was left where there was no room for it."""
-        path = self.epoch_path(epoch)
+        path = epoch_path(self.path, epoch)
         return os.path.lexists(path) and path.lstat().st_size > 0
 
     def open_epoch(self, epoch: int, writable: bool = True) -> EpochFile:
         """Open an epoch's file."""
-        return EpochFile(self.epoch_path(epoch), self.num_rows, self.row_bytes, writable and self.writable)
+        return EpochFile(epoch_path(self.path, epoch), self.num_rows, self.row_bytes, writable and self.writable)
 
     def covers(self, epochs: Iterable[int], needed_rows: Callable[[int], np.ndarray]) -> bool:
         """Tell whether all rows that a run will read are present.
@@ -231,7 +220,7 @@ class CacheFolder:
             )
         size = epoch_file_size(self.num_rows, self.row_bytes)
         epochs = list(epochs)
-        stored = [path for epoch, path in self.epoch_files().items() if epoch in epochs]
+        stored = [path for epoch, path in epoch_files(self.path).items() if epoch in epochs]
         # Files have holes where rows are absent: blocks count, not lengths.
         missing = size * len(epochs) - sum(min(size, path.lstat().st_blocks * 512) for path in stored)
         free = shutil.disk_usage(self.path).free
@@ -266,15 +255,16 @@ def epoch_files(folder: Path) -> dict[int, Path]:
     found = {}
     for path in sorted(folder.glob('epoch-*.logits')):
         match = re.fullmatch(r'epoch-([0-9]{4,9})\.logits', path.name)
-        if match and path.name == _epoch_name(int(match[1])):
+        if match and path == epoch_path(folder, int(match[1])):
             found[int(match[1])] = path
         else:
             _logger.warning(f'{path} is no epoch of a teacher cache and is left alone.')
     return found
 
 
-def _epoch_name(epoch: int) -> str:
-    return f'epoch-{epoch:04d}.logits'
+def epoch_path(folder: Path, epoch: int) -> Path:
+    """Return the file of an epoch."""
+    return folder / f'epoch-{epoch:04d}.logits'
 
 
 def read_rows(folder: Path) -> tuple[dict[str, Any], RowLayout]:
@@ -293,19 +283,20 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], RowLayout]:
     raise OtherKey(f'{folder / KEY_FILE} is damaged: fill the folder anew with --teacher-cache-rebuild.')
 
 
+def read_teacher(path: Path) -> Key:
+    """Return what the key or the teacher file of a cache says of the teacher; nothing where there is no file."""
+    teacher = read_key(path).get('teacher') if os.path.lexists(path) else None
+    return teacher if isinstance(teacher, dict) else {}
+
+
 def precision_of(teacher: Key) -> str | None:
-    """Return the precision in a teacher's fingerprint, as `--teacher-dtype` has it; None where its members differ."""
+    """Return the precision in a teacher's fingerprint, as `--teacher-dtype` has it; None where its members differ, or
+    where there is no fingerprint.
+    """
     members = [teacher] if 'dtype' in teacher else teacher.values()
     found = {member.get('dtype') for member in members if isinstance(member, dict)}
     precision = found.pop() if len(found) == 1 else None
     return 'amp' if precision == 'float32 amp' else precision
-
-
-def read_precision(folder: Path) -> str | None:
-    """Return the precision in which a cache's teacher answered; None where no teacher has been there yet."""
-    path = folder / TEACHER_FILE
-    teacher = read_key(path).get('teacher') if os.path.lexists(path) else None
-    return precision_of(teacher) if isinstance(teacher, dict) else None
 
 
 def read_members(folder: Path) -> list[dict[str, Any]] | None:

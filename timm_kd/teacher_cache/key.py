@@ -37,12 +37,27 @@ def claim_key(path: Path, key: Key) -> None:
         key: Nested dict of JSON types; tuples count as lists.
 
     Raises:
-        OtherKey: The cache was filled for another key, or its file is damaged.
+        OtherKey: The cache was filled for another key (the message names fields, both values and the way out), or its
+            file is damaged.
     """
-    key = json.loads(json.dumps(key))
+    text = json.dumps(key, indent=2)
     if not os.path.lexists(path):
-        write_new(path, json.dumps(key, indent=2))
-    check_key(read_key(path), key, path.parent)
+        write_new(path, text)
+    stored, wanted = _flatten(read_key(path)), _flatten(json.loads(text))
+    absent = object()
+    fields = [name for name in {**stored, **wanted} if stored.get(name, absent) != wanted.get(name, absent)]
+    if not fields:
+        return
+
+    def show(key: Key, name: str) -> str:
+        return json.dumps(key[name]) if name in key else 'not set'
+
+    shown = '; '.join(f'{name} was {show(stored, name)}, is now {show(wanted, name)}' for name in fields[:_MAX_SHOWN])
+    more = f' (and {len(fields) - _MAX_SHOWN} more)' if len(fields) > _MAX_SHOWN else ''
+    raise OtherKey(
+        f'--teacher-cache {path.parent} holds the logits of other images or another teacher: {shown}{more}. Give this '
+        'run the old settings, use another folder, or fill this one anew with --teacher-cache-rebuild.'
+    )
 
 
 def read_key(path: Path) -> Key:
@@ -66,31 +81,6 @@ def read_key(path: Path) -> Key:
     if not isinstance(key, dict):
         raise OtherKey(f'--teacher-cache {path.parent}: {path.name} is damaged: use --teacher-cache-rebuild.')
     return key
-
-
-def check_key(stored: Key, wanted: Key, folder: Path) -> None:
-    """Compare the key of a cache with a run's, both of JSON types.
-
-    Raises:
-        OtherKey: They differ; the message names fields, both values and the way out.
-    """
-    stored, wanted = _flatten(stored), _flatten(wanted)
-    absent = object()
-    fields = [name for name in {**stored, **wanted} if stored.get(name, absent) != wanted.get(name, absent)]
-    if not fields:
-        return
-    shown = '; '.join(
-        f'{name} was {_show(stored, name)}, is now {_show(wanted, name)}' for name in fields[:_MAX_SHOWN]
-    )
-    more = f' (and {len(fields) - _MAX_SHOWN} more)' if len(fields) > _MAX_SHOWN else ''
-    raise OtherKey(
-        f'--teacher-cache {folder} holds the logits of other images or another teacher: {shown}{more}. Give this run '
-        'the old settings, use another folder, or fill this one anew with --teacher-cache-rebuild.'
-    )
-
-
-def _show(key: Key, name: str) -> str:
-    return json.dumps(key[name]) if name in key else 'not set'
 
 
 def _flatten(value: Any, prefix: str = '') -> dict[str, Any]:
@@ -182,20 +172,15 @@ def fingerprint_teacher(spec: str) -> dict[str, Any]:
     """
     kind, place = locate(spec)
     if kind == 'file':
-        return {'sha256': _hash_files([Path(place)])}
+        return {'sha256': hash_files(place)}
     if kind == 'folder':
         folder = Path(place.removeprefix('local-dir:'))
         files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
-        return {'sha256': _hash_files(files)}
+        return {'sha256': hash_files(*files)}
     if kind == 'timm':
         cfg = get_pretrained_cfg(place)
         return {'timm': place, 'weights': cfg.hf_hub_id or cfg.url or str(cfg.file), 'tag': cfg.tag}
     return {'hub': place.split(':', 1)[-1]}
-
-
-def hash_file(path: str | Path) -> str:
-    """sha256 of a file's content."""
-    return _hash_files([Path(path)])
 
 
 def _spread(items: Sequence, count: int) -> Sequence:
@@ -207,14 +192,14 @@ def _hash(lines: Iterable[str]) -> str:
     return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
 
 
-def _hash_files(paths: list[Path]) -> str:
-    return _hash_blocks(block for path in paths for block in _blocks(path))
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            yield block
+def hash_files(*paths: str | Path) -> str:
+    """Return the sha256 of the content of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _hash_blocks(blocks: Iterable[bytes]) -> str:
