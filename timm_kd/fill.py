@@ -35,10 +35,11 @@ from .teacher_cache.folder import (
 
 _logger = logging.getLogger(__name__)
 
-# What `verify` takes from a cache's args.yaml. Whoever wrote that file could run code, write files or fetch some by the
-# others: device_modules, dataset_trust_remote_code, dataset_download, the student's weights, output, wandb and hub
-# flags, and the keyword arguments of models (timm has `checkpoint_path` and `cache_dir` among them). Who needs
-# --teacher-kwargs or --model-kwargs gives them on the command line, as the refusal of the key says.
+# The only flags that `verify` takes from a cache's args.yaml. By the others, whoever wrote that file could run code,
+# write files or download: device_modules, dataset_trust_remote_code, dataset_download, the student's weights, output,
+# wandb and hub flags, and the keyword arguments of models (timm has `checkpoint_path` and `cache_dir` among them). A
+# cache that was filled with --teacher-kwargs or --model-kwargs needs them on the command line too; the refusal of its
+# key says so.
 _DECIDE_IMAGES = (
     'data', 'data_dir', 'dataset', 'train_split', 'train_num_samples', 'class_map', 'input_key', 'target_key',
     'input_img_mode', 'epoch_repeats', 'seed', 'batch_size', 'no_prefetcher', 'model', 'num_classes', 'img_size',
@@ -131,14 +132,12 @@ def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
 
 
 def _fill(run: TeacherRun) -> None:
-    args, epochs = run.setup.args, run.epochs
+    args = run.setup.args
     if args.torchcompile:
         run.teacher.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if run.teacher.validation_key is not None:
         evaluate_run_teacher(run.setup, run.teacher)
-    if args.teacher_cache_epochs:
-        epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs})
-    starts = {epoch: _first_absent(run, epoch) for epoch in epochs}
+    starts = {epoch: _first_absent(run, epoch) for epoch in run.setup.data.loader.batch_sampler.distinct(run.epochs)}
     images_per_batch = args.batch_size * run.setup.process.world_size
     num_images = images_per_batch * sum(run.num_batches - start for start in starts.values())
     started = time.perf_counter()

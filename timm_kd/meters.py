@@ -118,9 +118,9 @@ class StepTotals:
 class SkippedSteps:
     """Counts optimizer steps in a row that a loss scaler skipped, without waiting for the device.
 
-    torch's scaler leaves out the `step` of an optimizer when it finds a gradient that is not finite. The `step` of a
-    fused one it always calls, after setting the attribute `found_inf` of the optimizer: its kernel reads that on the
-    device, and so does the count.
+    torch's scaler does not call `optimizer.step` when it finds a gradient that is not finite. The `step` of a fused
+    optimizer is always called: the scaler sets the attribute `found_inf` of the optimizer first, and both its kernel
+    and this count read that on the device.
 
     Args:
         optimizer: The optimizer, whose `step` is wrapped.

@@ -210,7 +210,7 @@ class AgreedStop:
 
     def __enter__(self) -> 'AgreedStop':
         signals = [signal.SIGTERM]
-        # A process in the background of a shell script ignores Ctrl-C, and goes on to.
+        # A process that a shell script started in the background ignores Ctrl-C, and must go on ignoring it.
         if self._process.distributed and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signals.append(signal.SIGINT)
         self._previous = {number: signal.signal(number, self._receive) for number in signals}

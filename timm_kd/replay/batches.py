@@ -1,7 +1,7 @@
 """Which samples a batch holds, and the key under which its draws are made."""
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,12 +80,16 @@ class ReplayBatchSampler:
             epoch: Epoch, from 0.
             start_batch: Batches of the epoch to leave out, for a run that resumes inside it. `len` still counts all.
         """
-        self.epoch = epoch = epoch % self.num_epochs if self.num_epochs else epoch
+        self.epoch, = self.distinct([epoch])
         self.start_batch = start_batch
         self._order = None
         if isinstance(self.batches, ScheduledBatchSampler):
-            self.batches.set_epoch(epoch)
-        self.batches.sampler.set_epoch(derive_seed(self.seed, ORDER, epoch) >> 1)
+            self.batches.set_epoch(self.epoch)
+        self.batches.sampler.set_epoch(derive_seed(self.seed, ORDER, self.epoch) >> 1)
+
+    def distinct(self, epochs: Iterable[int]) -> list[int]:
+        """Return the epochs whose data these epochs have, in ascending order, each once."""
+        return sorted({epoch % self.num_epochs if self.num_epochs else epoch for epoch in epochs})
 
     def __iter__(self) -> Iterator[BatchKey]:
         issued = self._issued = deque()

@@ -88,8 +88,8 @@ def _reseedable_batches(loader: DataLoader) -> BatchSampler | ScheduledBatchSamp
     sampler = batches.sampler
     if not isinstance(sampler, RepeatAugSampler):
         world_size, rank = getattr(sampler, 'num_replicas', 1), getattr(sampler, 'rank', 0)
-        # Padding would make the last batch of an epoch depend on the world size. A schedule of batches was made for the
-        # padded length; beside one, the loader's `drop_last` is False.
+        # Dropping the rest keeps the last batch of an epoch the same for any world size. A schedule of batches is
+        # planned by timm for the padded length; its loader has `drop_last=False`.
         sampler = ShuffledSampler(loader.dataset, num_replicas=world_size, rank=rank, drop_last=loader.drop_last)
     if isinstance(batches, ScheduledBatchSampler):
         batches.sampler = sampler

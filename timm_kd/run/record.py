@@ -54,7 +54,7 @@ def run_record(
         num_epochs: int,
         timing: Sequence[dict[str, float]] = (),
 ) -> dict[str, Any]:
-    """Return what run.json says at the start of a run; its end adds its metrics, its epochs add their timing.
+    """Return what run.json says when a run starts; `timing`, the teachers' metrics and `best` are filled in later.
 
     Args:
         run_id: The id that the run's checkpoints bear.

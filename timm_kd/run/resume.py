@@ -183,8 +183,9 @@ def rank_state(task: TrainingTask, totals: StepTotals, process: Process) -> dict
     """Return what a process has for itself at this moment.
 
     `random` are its random streams, `totals` the sums of the epoch so far, and `buffers`, in a group, copies of the
-    buffers of the model and of its EMA: batch norm's running statistics follow the images of the process itself until
-    `--dist-bn` makes them the same everywhere, which for the EMA is only before it is validated.
+    buffers of the model and of its EMA. Batch norm's running statistics differ between processes, each of which has
+    seen its own images, until `--dist-bn` makes them the same: those of the model after the training of each epoch,
+    those of the EMA when it is validated.
     """
     buffers = {name: buffer.clone() for name, buffer in _buffers(task).items()} if process.distributed else {}
     return {'random': get_random_state(), 'totals': totals.state_dict(), 'buffers': buffers}
@@ -207,8 +208,8 @@ def gather_rank_states(state: dict[str, Any], process: Process) -> list[dict[str
 def restore_rank_state(task: TrainingTask, states: list[dict[str, Any]], rank: int, world_size: int) -> None:
     """Give a process its random streams and its buffers back.
 
-    In a run of another number of processes, all keep the buffers of the checkpoint itself, which are those of rank 0,
-    and a process of a rank that the checkpoint does not know keeps the random streams that `--seed` gave it.
+    When the number of processes has changed, all of them keep the buffers of the checkpoint itself, which are those of
+    rank 0, and a rank that the checkpoint does not know keeps the random streams that `--seed` gave it.
     """
     if states and len(states) != world_size:
         _logger.warning(
@@ -224,8 +225,9 @@ def restore_rank_state(task: TrainingTask, states: list[dict[str, Any]], rank: i
 
 
 def restored_totals(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-    """Return the sums of the epoch that a process goes on with: its own, or an even share of all in a run of another
-    number of processes.
+    """Return the sums of the epoch that a process goes on with.
+
+    They are its own, or an even share of all when the number of processes has changed.
     """
     totals = [state['totals'] for state in states]
     if len(totals) == world_size:

@@ -130,8 +130,7 @@ def open_cached_teacher(
 
     if live:
         return cached(teacher)
-    # Which epochs are distinct is the sampler's to say.
-    epochs = sorted({epoch % args.teacher_cache_epochs for epoch in epochs}) if args.teacher_cache_epochs else epochs
+    epochs = sampler.distinct(epochs)
     complete = folder.covers(epochs, lambda epoch: epoch_rows(sampler, by_position, epoch))
     members = read_members(folder.path)
     knows_validation = validation is None or bool(

@@ -24,11 +24,11 @@ _MAX_PENDING = 2
 class CachedTeacher(nn.Module):
     """The teacher of a training run with a cache: it reads a batch's logits, or has them computed and stores them.
 
-    What the student learns from is what the cache holds, also in the run that fills it: a run that is interrupted, or
-    reads, sees the same logits to the bit.
+    The student learns from the logits as the cache holds them, also in the run that fills it. So the run that fills, a
+    run that goes on with an interrupted fill, and a run that reads see the same logits to the bit.
 
-    The teacher is asked once for each batch of the loader, in order. Which batch that is follows from the loader's
-    sampler: the first call of a pass over the data is about its first batch, each further call about the next.
+    The teacher is asked once for each batch of the loader, in order: the first call of a pass over the data is about
+    the first batch of the loader's sampler, each further call about the next.
 
     Args:
         folder: The cache.

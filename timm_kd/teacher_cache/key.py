@@ -161,8 +161,8 @@ def _contents(reader: Reader) -> Iterator[bytes]:
 def fingerprint_teacher(spec: str) -> dict[str, Any]:
     """Describe where a teacher's weights come from, in such a way that other weights look different.
 
-    Files are hashed; a name of timm stands for the file it downloads, a Hub repository for itself: whether that has
-    been pushed to since is seen when the teacher is loaded, from its own `fingerprint`.
+    Files are hashed. A timm name is described by the file that timm downloads for it, a Hub repository by its name:
+    that its weights have changed since is noticed when the teacher is loaded, by `Teacher.fingerprint`.
 
     Args:
         spec: A spec of `Teacher`.
