@@ -45,10 +45,11 @@ REFUSED = {
     # the teacher
     'other class count': (
         '--teacher {teacher} --num-classes 12', '--teacher {teacher} has 10 classes, the student 12',
-        '--teacher-class-map',
+        'train-kd DATA --model local-dir:{teacher} --pretrained --num-classes 12', '--teacher-class-map',
     ),
     'other class count of timm': (
         '--teacher resnet34.tv_in1k', '--teacher resnet34.tv_in1k has 1000 classes, the student 10',
+        'train-kd DATA --model resnet34.tv_in1k --pretrained --num-classes 10',
     ),
     'unknown teacher': ('--teacher resnet3', '--teacher resnet3', 'did you mean resnet34'),
     'unknown tag': ('--teacher resnet34.tv_in1', '--teacher resnet34.tv_in1', 'resnet34.tv_in1k'),

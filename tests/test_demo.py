@@ -15,8 +15,6 @@ from timm_kd.demo.report import Result, draw_results, result_table
 from timm_kd.demo.training import BASELINE, CONFIG, student_flags, teacher_file, train
 from timm_kd.report.runs import Run
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -58,7 +56,7 @@ def test_students_differ_from_the_recipe_in_loss_and_teacher_alone(data, tmp_pat
     teacher = teacher_file(tmp_path / 'train')
     teacher.parent.mkdir(parents=True)
     teacher.touch()
-    recipe = [str(data), '-c', str(ROOT / CONFIG)]
+    recipe = [str(data), '-c', CONFIG]
     plain, _ = parse_args([*recipe, '--seed', '1'])
     args, _ = parse_args([*recipe, *student_flags(tmp_path, loss, seed=1)])
     changed = {name for name, value in vars(args).items() if value != getattr(plain, name)}
@@ -119,7 +117,7 @@ def test_a_folder_that_no_demo_has_made_is_left_alone(tmp_path):
 
 
 def test_the_demo_runs_from_data_to_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # restored afterwards: the demo goes to the clone
+    monkeypatch.chdir(tmp_path)  # it needs nothing of the clone
     main(['--quick', '--losses', 'nkd', '--output', str(tmp_path)])
     printed = capsys.readouterr().out
     assert (tmp_path / 'results.md').read_text() in printed

@@ -184,8 +184,10 @@ def test_file_that_lacks_a_layer_is_refused(tmp_path):
 
 def test_file_of_another_class_count_is_refused_with_both_numbers(tmp_path):
     torch.save(build().state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match='has 5 classes, the student 10'):
+    with pytest.raises(UsageError, match='has 5 classes, the student 10') as refused:
         Teacher(str(tmp_path / 'weights.pth'), 10, model='test_resnet')
+    started_from = f'--model test_resnet --pretrained --pretrained-path {tmp_path / "weights.pth"} --num-classes 10'
+    assert started_from in str(refused.value)
 
 
 @pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors', './a/b/last.pth.tar'])

@@ -1,6 +1,5 @@
 """`python -m timm_kd.demo`: data, a teacher, students, and what they came to."""
 import argparse
-import os
 import shlex
 import shutil
 import time
@@ -12,7 +11,6 @@ from .digits import write_digits
 from .report import collect, draw_results, result_table
 from .training import (
     BASELINE,
-    CONFIG,
     STUDENT_MODEL,
     TEACHER_MODEL,
     command,
@@ -22,7 +20,6 @@ from .training import (
     train,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN_IMAGES, FEW_IMAGES = 1000, 100  # of 1,797; the rest validates
 LOSSES = ('tfnkd', 'dkd', 'nkd')
 SEEDS = (0, 1, 2)
@@ -40,12 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog='python -m timm_kd.demo', description=__doc__)
     parser.add_argument('--losses', nargs='+', choices=tuple(KD_LOSSES), default=LOSSES, help='losses to compare')
     parser.add_argument(
-        '--output', type=Path, default=Path('demo_output'), metavar='DIR', help='where all of it goes, in the clone',
+        '--output', type=Path, default=Path('demo_output'), metavar='DIR', help='where all of it goes',
     )
     parser.add_argument('--quick', action='store_true', help='one epoch, one seed: does everything work?')
     options = parser.parse_args(argv)
     _check_installation()
-    os.chdir(ROOT)
     losses = (BASELINE, *options.losses)
     if options.quick:
         run(options.output, losses, SEEDS[:1], further=('--epochs', '1'))
@@ -108,8 +104,6 @@ def _check_installation() -> None:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise SystemExit(f"the demo needs {error.name}: pip install -e '.[demo]', or make demo") from error
-    if not (ROOT / CONFIG).is_file():
-        raise SystemExit(f'the demo runs in a clone of timm-kd, and {ROOT} has no {CONFIG}')
 
 
 def _clear(output: Path) -> None:
@@ -117,8 +111,9 @@ def _clear(output: Path) -> None:
     marker = output / '.timm_kd_demo'
     if output.exists() and any(output.iterdir()) and not marker.exists():
         raise SystemExit(f'--output {output} holds something that no demo has made: name another folder')
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
+    for path in output.iterdir():  # not the folder itself, which may be the working directory
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     marker.touch()
 
 

@@ -12,7 +12,7 @@ from ..losses import KD_LOSSES
 from ..report.groups import last
 from ..report.runs import read_run
 
-CONFIG = 'hparams/digits_demo.yaml'
+CONFIG = 'digits_demo'  # a recipe that ships with the package
 TEACHER_MODEL, STUDENT_MODEL = 'test_resnet', 'test_efficientnet'
 BASELINE = 'cross-entropy'
 
@@ -23,9 +23,9 @@ def python() -> str:
 
 
 def command(output: Path, experiment: str, flags: Sequence[str]) -> list[str]:
-    """The command line of one training, as it can be repeated by hand in the clone."""
+    """The command line of one training, as it can be repeated by hand."""
     return [
-        python(), 'train_kd.py', str(output / 'digits'), '-c', CONFIG, *flags,
+        python(), '-m', 'timm_kd.train', str(output / 'digits'), '-c', CONFIG, *flags,
         '--output', str(output / 'train'), '--experiment', experiment,
     ]
 

@@ -157,7 +157,8 @@ def load_model(
             warn_of_bce(place)
         args = _resolve(place, in_chans, img_size, kwargs)
         # Before the weights, which may have to be downloaded.
-        check_num_classes(spec, args.get('num_classes', args['pretrained_cfg'].get('num_classes')), expected)
+        own_classes = args.get('num_classes', args['pretrained_cfg'].get('num_classes'))
+        check_num_classes(spec, own_classes, expected, f'{place} --pretrained')
         return create_model(pretrained=True, **args)
     except UsageError:
         raise
@@ -178,18 +179,30 @@ def load_model(
         raise UsageError(f"teacher '{spec}'{' ' if kind == 'file' else ': '}{reason}.") from error
 
 
-def check_num_classes(source: str, teacher_classes: int | None, num_classes: int | None) -> None:
+def check_num_classes(
+        source: str,
+        teacher_classes: int | None,
+        num_classes: int | None,
+        pretrained: str = 'NAME --pretrained',
+) -> None:
     """Refuse a teacher of another class count than the student's, or of none; an unknown count passes.
 
+    Args:
+        source: What the teacher was given as.
+        teacher_classes: Its classes, if known.
+        num_classes: The student's classes; None: not checked.
+        pretrained: What the script's `--model` takes to start from this teacher's weights.
+
     Raises:
-        UsageError: With both counts.
+        UsageError: With both counts, and the command that makes a teacher for the student's classes.
     """
     if teacher_classes == 0:
         raise UsageError(f"teacher '{source}' has no classifier: choose one trained on the classes of the student.")
     if num_classes is not None and teacher_classes is not None and teacher_classes != num_classes:
         raise UsageError(
             f"teacher '{source}' has {teacher_classes} classes, the student {num_classes}: a head is never rebuilt; "
-            "train the teacher on the student's classes, or say with `class_map` which of its own they are."
+            f"fine-tune a teacher on the student's classes (train-kd DATA --model {pretrained} --num-classes "
+            f'{num_classes}) and name its checkpoint, or say with `class_map` which of its own they are.'
         )
 
 
@@ -246,7 +259,7 @@ def _load_file(
             raise
         raise RuntimeError(f'the file says {arch}. {error}') from error
     # After the weights: the head of a file of another architecture does not tell what is wrong.
-    check_num_classes(str(path), cfg['num_classes'], expected)
+    check_num_classes(str(path), cfg['num_classes'], expected, f'{model} --pretrained --pretrained-path {path}')
     del teacher.pretrained_cfg['state_dict']  # a second copy of the weights
     return teacher
 
