@@ -12,19 +12,17 @@ and in float32 tensors of the logits' shape. The output is markdown. Run it on a
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from common import Step, alternate, peak_bytes
 from timm.data.mixup import mixup_target
 
 from timm_kd.losses import KD_LOSSES, create_kd_loss
 
 SHAPES = ((256, 1000), (256, 21841))
 BARS = {'kd': 4.0, 'dkd': 5.0, 'nkd': 4.5, 'tfnkd': 2.2, 'tfkd': 2.5}
-
-Step = Callable[[], None]
 
 
 def make_steps(name: str, shape: tuple[int, int], device: str, pairs: bool) -> dict[str, Step]:
@@ -51,43 +49,17 @@ def make_steps(name: str, shape: tuple[int, int], device: str, pairs: bool) -> d
     }
 
 
-def seconds(step: Step, device: str) -> float:
-    """Return the wall time of one step."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_bytes(step: Step, device: str) -> int:
-    """Return the most that one step holds at any moment beyond what was there before."""
-    step()
-    if device == 'cuda':
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - held
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == '[memory]':
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def measure(steps: dict[str, Step], rounds: int, device: str) -> tuple[dict[str, float], dict[str, float]]:
     """Return the median seconds of each step, and the median over the rounds of its time over cross-entropy's."""
     for step in steps.values():
         for _ in range(3):
             step()
-    times = [{way: seconds(step, device) for way, step in steps.items()} for _ in range(rounds)]
-    medians = {way: statistics.median(t[way] for t in times) for way in steps}
-    ratios = {way: statistics.median(t[way] / t['cross-entropy'] for t in times) for way in steps}
+    times = alternate(steps, rounds, device)
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    ratios = {
+        way: statistics.median(own / other for own, other in zip(values, times['cross-entropy'], strict=True))
+        for way, values in times.items()
+    }
     return medians, ratios
 
 

@@ -13,12 +13,12 @@ import copy
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import timm
 import torch
+from common import alternate
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 from torch import nn
@@ -30,17 +30,26 @@ BARS = {
     'bfloat16': ('timm', {'ours': 0.48, 'compiled': 0.40}),
     'float32': ('unfolded', {'ours': 0.88, 'compiled': 0.80}),
 }
-OURS = {'ours': {}, 'unfolded': {'fold_bn': False}, 'compiled': {'compile_backend': 'inductor'}}
+OURS = ('ours', 'unfolded', 'compiled')
 
 
-def make_tasks(args: argparse.Namespace) -> tuple[dict[str, TrainingTask], nn.Module]:
+def make_tasks(
+        student_name: str,
+        teacher_name: str,
+        num_classes: int,
+        device: torch.device,
+        *,
+        teacher_dtype: str = 'auto',
+        pretrained: bool = False,
+        channels_last: bool = False,
+        compile_backend: str = 'inductor',
+) -> tuple[dict[str, TrainingTask], nn.Module]:
     """Return the tasks, on one student and one teacher's weights; and that student."""
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    student = timm.create_model(args.student, num_classes=args.num_classes).to(device)
-    if args.channels_last:
+    student = timm.create_model(student_name, num_classes=num_classes).to(device)
+    if channels_last:
         student.to(memory_format=torch.channels_last)
-    model = timm.create_model(args.teacher, pretrained=args.pretrained, num_classes=args.num_classes).to(device)
+    model = timm.create_model(teacher_name, pretrained=pretrained, num_classes=num_classes).to(device)
     cfg = student.pretrained_cfg
     criterion = nn.CrossEntropyLoss()
     tasks: dict[str, TrainingTask] = {
@@ -49,10 +58,10 @@ def make_tasks(args: argparse.Namespace) -> tuple[dict[str, TrainingTask], nn.Mo
             student, copy.deepcopy(model), criterion, temperature=4.0, device=device, verbose=False,
         ),
     }
-    for name, options in OURS.items():
+    for name in OURS:
         teacher = Teacher(
-            copy.deepcopy(model), args.num_classes, mean=cfg['mean'], std=cfg['std'], device=device,
-            dtype=args.teacher_dtype, **options,
+            copy.deepcopy(model), num_classes, mean=cfg['mean'], std=cfg['std'], device=device, dtype=teacher_dtype,
+            fold_bn=name != 'unfolded', compile_backend=compile_backend if name == 'compiled' else None,
         )
         kd_loss = create_kd_loss('kd', temperature=4.0)
         tasks[name] = KDTask(student, kd_loss, teacher, criterion, device=device, verbose=False)
@@ -74,16 +83,6 @@ def make_step(
             loss = task(*batch)['loss']
         loss.backward()
     return step
-
-
-def seconds(step: Callable[[], None], device: str) -> float:
-    """Return the wall time of one step."""
-    synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -150,18 +149,18 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    tasks, student = make_tasks(args)
+    tasks, student = make_tasks(
+        args.student, args.teacher, args.num_classes, torch.device(args.device), teacher_dtype=args.teacher_dtype,
+        pretrained=args.pretrained, channels_last=args.channels_last,
+    )
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     if args.channels_last:
         images = images.to(memory_format=torch.channels_last)
     target = torch.randint(args.num_classes, (args.batch_size,), device=args.device)
     steps = {name: make_step(task, student, (images, target), args) for name, task in tasks.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()  # warm-up, and compilation
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, args.device))
+    times = alternate(steps, args.rounds, args.device)
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'{args.threads} threads, {platform.machine()}'
     layout = ', channels-last' if args.channels_last else ''
     print(
