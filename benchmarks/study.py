@@ -1,6 +1,6 @@
 """Which loss teaches best: every loss at its defaults, then a small grid of its own knobs, over seeds.
 
-    python benchmarks/study.py DATA --teacher local-dir:TEACHER --out DIR [--seeds 3] [--epochs 30] [-- FURTHER FLAGS]
+    python benchmarks/study.py DATA --teacher local-dir:TEACHER --out DIR [--seeds 3] [--epochs 30] [-- MORE FLAGS]
 
 It can be stopped and started again: runs that are done are left as they are. The teacher's logits are computed once for
 each seed and read by all losses. The result is the report of `python -m timm_kd.report DIR/train`.
@@ -48,8 +48,9 @@ def main() -> None:
     parser.add_argument('--student', default='mobilenetv3_small_050', metavar='NAME')
     parser.add_argument('--num-classes', default='10', metavar='N')
     parser.add_argument('--no-grid', action='store_true', help='the losses at their defaults alone')
-    parser.add_argument('further', nargs='*', metavar='FLAG', help=f'flags of every run, after -- (as set: {STUDENT})')
-    study = Study(parser.parse_args())
+    words = sys.argv[1:]
+    end = words.index('--') if '--' in words else len(words)
+    study = Study(parser.parse_args(words[:end]), words[end + 1:])
     study.train('cross-entropy', [], study.seeds)
     for loss in study.options.losses:
         study.train(loss, ['--kd-loss', loss], study.seeds)
@@ -72,8 +73,9 @@ def main() -> None:
 class Study:
     """The runs of one study, two at a time where there are two cores."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, further: list[str]):
         self.options = options
+        self.further = further
         self.seeds = list(range(options.seeds))
         self.pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
         self.started = {}
@@ -116,7 +118,7 @@ class Study:
             sys.executable, 'train_kd.py', options.data, '--model', options.student,
             '--num-classes', options.num_classes, *shlex.split(STUDENT),
             '--epochs', str(options.epochs), '--seed', str(seed), '--replayable-data', *flags,
-            '--output', str(options.out / 'train'), '--experiment', experiment, '--resume', 'auto', *options.further,
+            '--output', str(options.out / 'train'), '--experiment', experiment, '--resume', 'auto', *self.further,
         ]
         if '--kd-loss' in flags and KD_LOSSES[flags[1]].needs_teacher:
             words += ['--teacher', options.teacher, '--teacher-cache', str(options.out / f'logits-{seed}')]
