@@ -1,7 +1,8 @@
-"""Training steps on the meta device, which holds no values.
+"""Training steps on the meta device, which holds no values, and forwards on a GPU that is not there.
 
-To read one back (`.item()`, `bool(tensor)`), which makes the host wait for a GPU, is an error there, and so is a tensor
-that was left on the CPU: a step that runs does neither, on any device.
+To read one back (`.item()`, `bool(tensor)`), which makes the host wait for a GPU, is an error on the meta device, and
+so is a tensor that was left on the CPU: a step that runs does neither, on any device. torch lets a tensor without
+dimensions pass, which it copies to the GPU in each step: `NoneOfTheHost` does not.
 """
 import pytest
 import timm
@@ -10,6 +11,10 @@ from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from timm_kd import KDTask, Teacher
 from timm_kd.losses import KD_LOSSES, create_kd_loss
@@ -31,6 +36,18 @@ class Stored(nn.Module):
 
     def forward(self, images):
         return self.layout.unpack(torch.zeros(BATCH, self.layout.row_bytes, dtype=torch.uint8, device=images.device))
+
+
+class NoneOfTheHost(TorchDispatchMode):
+    """Refuse operations that take or give tensors of the meta device and of another one, copies between them too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        if 'meta' in devices and len(devices) > 1:
+            raise AssertionError(f'{func} of {" and ".join(sorted(devices))}')
+        return result
 
 
 @pytest.fixture(scope='module')
@@ -70,14 +87,15 @@ def train_step(name, teacher, mixed, opt='adamw', **params):
     totals = StepTotals(META)
     images, target = torch.empty(BATCH, 3, 32, 32, device=META), torch.zeros(BATCH, dtype=torch.int64, device=META)
     if mixed:
-        target = torch.empty_like(mixup_target(torch.arange(BATCH), CLASSES, 0.7, 0.1), device=META)
-    for batch in range(2):
-        result = task(images, target)
-        result['loss'].backward()
-        dispatch_clip_grad(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.update(result, result['loss'], divisor=2, batch_idx=batch, samples=BATCH)
+        target = mixup_target(target, CLASSES, 0.7, 0.1)
+    with NoneOfTheHost():
+        for batch in range(2):
+            result = task(images, target)
+            result['loss'].backward()
+            dispatch_clip_grad(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            totals.update(result, result['loss'], divisor=2, batch_idx=batch, samples=BATCH)
     return totals
 
 
@@ -86,6 +104,9 @@ def test_reading_a_value_back_is_an_error_on_the_meta_device():
         bool(torch.empty((), device=META) > 0)
     with pytest.raises(RuntimeError):
         torch.empty(3, device=META) + torch.ones(3)
+    torch.empty(3, device=META) + torch.ones(())
+    with pytest.raises(AssertionError, match='aten.add.Tensor of cpu and meta'), NoneOfTheHost():
+        torch.empty(3, device=META) + torch.ones(())
 
 
 @pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
@@ -112,3 +133,68 @@ def test_step_with_each_kind_of_teacher_reads_nothing_back(make_teacher, name, k
 
 def test_step_of_plain_sgd_reads_nothing_back(make_teacher):
     train_step('kd', make_teacher('teacher'), mixed=False, opt='momentum')
+
+
+@pytest.fixture
+def autocast_of_a_gpu_that_is_not_there():
+    """Fake tensors may be on CUDA, under its float16 autocast: `torch.autocast` itself does nothing without a GPU."""
+    was_on, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
+    with FakeTensorMode() as mode:
+        torch.set_autocast_enabled('cuda', True)
+        torch.set_autocast_dtype('cuda', torch.float16)
+        yield mode
+        torch.set_autocast_enabled('cuda', was_on)
+        torch.set_autocast_dtype('cuda', dtype)
+        torch.clear_autocast_cache()
+
+
+@pytest.fixture(params=['bfloat16', 'amp'])
+def teacher_on_a_gpu(request):
+    """Make a teacher that has checked its first answer; what it does on CUDA, as a function of the images."""
+    teacher = Teacher(
+        timm.create_model('test_resnet', num_classes=CLASSES), CLASSES, mean=(0.3,) * 3, std=(0.4,) * 3,
+        dtype=request.param,
+    )
+    teacher(torch.zeros(BATCH, 3, 32, 32))
+    precisions = []
+    teacher.model.register_forward_hook(lambda module, images, logits: precisions.append(logits.dtype))
+
+    def make(mode):
+        tensors = (*teacher.named_parameters(), *teacher.named_buffers())
+        state = {name: mode.from_tensor(tensor).to('cuda') for name, tensor in tensors}
+        return lambda images: functional_call(teacher, state, (images,))
+    make.precisions = precisions
+    make.expected = torch.float16 if request.param == 'amp' else torch.bfloat16
+    return make
+
+
+def forward_on_a_gpu(name, mixed, teacher=None):
+    """Return what the task does with a batch."""
+    student = timm.create_model('test_resnet', num_classes=CLASSES, device='cuda')
+    task = KDTask(student, create_kd_loss(name), teacher, smoothing=0.1 if mixed else 0.0, device=torch.device('cuda'))
+    target = torch.zeros(BATCH, dtype=torch.int64, device='cuda')
+    if mixed:
+        target = mixup_target(target, CLASSES, 0.7, 0.1)
+    return task(torch.empty(BATCH, 3, 32, 32, device='cuda'), target)
+
+
+def check_precisions(result):
+    output = result.pop('output')
+    assert output.device.type == 'cuda' and output.dtype == torch.float16  # the autocast acts
+    assert {(each.device.type, each.dtype) for each in result.values()} == {('cuda', torch.float32)}
+
+
+@pytest.mark.parametrize('mixed', [False, True], ids=['hard', 'mixed'])
+@pytest.mark.parametrize('name', [name for name, loss in KD_LOSSES.items() if not loss.needs_teacher])
+def test_forward_under_float16_autocast_goes_through_on_a_gpu(autocast_of_a_gpu_that_is_not_there, name, mixed):
+    """Forward alone: backward asks for a CUDA context."""
+    check_precisions(forward_on_a_gpu(name, mixed))
+
+
+@pytest.mark.parametrize('mixed', [False, True], ids=['hard', 'mixed'])
+@pytest.mark.parametrize('name', TEACHED)
+def test_forward_with_a_teacher_under_float16_autocast_goes_through_on_a_gpu(
+        teacher_on_a_gpu, autocast_of_a_gpu_that_is_not_there, name, mixed,
+):
+    check_precisions(forward_on_a_gpu(name, mixed, teacher_on_a_gpu(autocast_of_a_gpu_that_is_not_there)))
+    assert teacher_on_a_gpu.precisions == [teacher_on_a_gpu.expected]
