@@ -7,14 +7,18 @@ import pytest
 import timm
 import torch
 from helpers import RunsCode
+from timm.models import resume_checkpoint
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
 from timm_kd.errors import UsageError
+from timm_kd.process import Process
 from timm_kd.run.checkpoint import AtomicSaver, CheckpointWriteError, find_recoveries
 from timm_kd.run.resume import (
     ema_random_state,
     find_resume_point,
+    find_start,
+    next_epoch,
     read_checkpoint,
     run_state_of,
     set_ema_random_state,
@@ -137,6 +141,91 @@ def test_newer_of_last_and_recovery_is_taken(tmp_path):
     saver.save_checkpoint(1, 1.0, {'run_id': 'a'})
     assert find_resume_point(tmp_path, 'a', replayable=True).name == 'last.pth.tar'
     assert find_resume_point(tmp_path, 'b', replayable=True) is None
+
+
+def test_recovery_file_of_a_trained_epoch_counts_without_replayable_data(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 1.0, {'run_id': 'a'})
+    saver.save_recovery(1, 7, {'run_id': 'a', 'batch': 8, 'batches': 8, 'epoch_trained': True})
+    assert find_resume_point(tmp_path, 'a', replayable=False).name == 'recovery-1-7.pth.tar'
+    start = find_start(str(tmp_path / 'recovery-1-7.pth.tar'), str(tmp_path), Process(torch.device('cpu')))
+    assert (start.epoch, start.same_epoch) == (1, True)
+
+
+def test_run_starts_where_its_flags_and_its_data_allow(tmp_path, caplog):
+    make_saver(tmp_path).save_recovery(2, 3, {'batch': 4, 'batches': 8, 'epoch_trained': False})
+    path, process = str(tmp_path / 'recovery-2-3.pth.tar'), Process(torch.device('cpu'))
+    inside = find_start(path, str(tmp_path), process, replayable=True)
+    assert (inside.epoch, inside.same_epoch) == (2, True) and not caplog.messages
+    after = find_start(path, str(tmp_path), process)
+    assert (after.epoch, after.same_epoch) == (3, False) and 'stands inside epoch 2' in caplog.text
+    named = find_start(path, str(tmp_path), process, replayable=True, start_epoch=1)
+    assert (named.epoch, named.same_epoch) == (1, False)
+
+
+def test_run_keeps_its_id_in_its_own_folder_alone(tmp_path):
+    own, other = tmp_path / 'own', tmp_path / 'other'
+    for folder, run_id in ((own, 'a'), (other, 'b')):
+        folder.mkdir()
+        (folder / 'run.json').write_text(f'{{"run_id": "{run_id}"}}')
+    make_saver(own).save_checkpoint(0, 1.0, {'run_id': 'a'})
+    process = Process(torch.device('cpu'))
+    continued = find_start('auto', str(own), process)
+    assert (continued.run_id, continued.in_place, continued.epoch) == ('a', True, 1)
+    forked = find_start(str(own / 'last.pth.tar'), str(other), process)
+    assert forked.run_id not in ('a', 'b') and not forked.in_place and forked.epoch == 1
+    fresh = find_start('', str(own), process)
+    assert fresh.run_id != 'a' and not fresh.in_place and fresh.path is None
+
+
+def test_folder_that_timms_script_wrote_is_continued(tmp_path):
+    make_saver(tmp_path, CheckpointSaver).save_checkpoint(4, 1.0)
+    start = find_start('auto', str(tmp_path), Process(torch.device('cpu')))
+    assert (start.path, start.epoch, start.state) == (str(tmp_path / 'last.pth.tar'), 5, {})
+
+
+@pytest.mark.parametrize('checkpoint, epoch', [
+    ({'epoch': 3}, 3), ({'epoch': 3, 'version': 1}, 3), ({'epoch': 3, 'version': 2}, 4), ({'state_dict': {}}, 0),
+])
+def test_epoch_after_a_checkpoint_is_that_of_timms_script(checkpoint, epoch, tmp_path):
+    torch.save({'state_dict': {}, **checkpoint}, tmp_path / 'checkpoint.pth')
+    model = torch.nn.Identity()
+    assert next_epoch(checkpoint) == (resume_checkpoint(model, str(tmp_path / 'checkpoint.pth')) or 0) == epoch
+
+
+def test_resumed_saver_removes_the_recovery_files_that_the_interrupted_one_left(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(0, 3.0)
+    for update in (1, 9):
+        saver.save_recovery(1, update)
+    resumed = make_saver(tmp_path)
+    resumed.continue_from(str(tmp_path / 'recovery-1-9.pth.tar'))
+    assert (resumed.best_metric, resumed.best_epoch) == (3.0, 0)
+    resumed.save_recovery(1, 11)
+    assert [path.name for path in find_recoveries(tmp_path)] == ['recovery-1-9.pth.tar', 'recovery-1-11.pth.tar']
+
+
+def test_last_that_is_ranked_already_is_ranked_once_and_written_no_more(tmp_path):
+    saver = make_saver(tmp_path)
+    for epoch, metric in enumerate([1.0, 3.0]):
+        saver.save_checkpoint(epoch, metric)
+    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    resumed = make_saver(tmp_path)
+    resumed.continue_from(str(tmp_path / 'last.pth.tar'))
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+    assert resumed.checkpoint_files == saver.checkpoint_files
+    for each in (saver, resumed):
+        each.save_checkpoint(2, 2.0)
+        assert [os.path.basename(path) for path, _ in each.checkpoint_files] == [
+            'checkpoint-1.pth.tar', 'checkpoint-2.pth.tar']
+
+
+def test_copy_that_a_kill_left_half_made_is_no_obstacle(tmp_path):
+    for name in ('tmp', 'last', 'checkpoint-0', 'model_best'):
+        (tmp_path / f'{name}.pth.tar.tmp').write_bytes(b'half')
+    make_saver(tmp_path).save_checkpoint(0, 1.0)
+    for name in ('last', 'checkpoint-0', 'model_best'):
+        assert torch.load(tmp_path / f'{name}.pth.tar')['epoch'] == 0
 
 
 def test_run_state_is_read_with_weights_only(tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 from timm.data.dataset import AugMixDataset
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import MultiEpochsDataLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -287,6 +288,47 @@ def test_a_sample_is_drawn_under_the_seed_of_its_epoch_index_and_repeat(repeats)
     for row, (index, sample) in enumerate(zip([7, 9, 7], drawn, strict=True)):
         seed_generators(derive_seed(42, 1, 4, index, (6 + 2 * row) % repeats))
         assert sample == Drawing()[index]
+
+
+@pytest.mark.parametrize('num_repeats, copies', [(None, 1), (3, 3), (2.5, 3)])
+def test_order_and_repeats_of_a_loader_are_those_that_stored_epochs_were_made_under(num_repeats, copies):
+    data, order = Drawing(), torch.Generator()
+    sampler = num_repeats and RepeatAugSampler(data, 1, 0, num_repeats=num_repeats, selected_round=0)
+    loader = DataLoader(data, 8, sampler=sampler, shuffle=not sampler, collate_fn=list, drop_last=True)
+    loader = make_replayable(loader, seed=42)
+    for epoch in (0, 3):
+        if epoch:  # the first is that of a new loader
+            loader.batch_sampler.set_epoch(epoch)
+        shuffled = torch.randperm(100, generator=order.manual_seed(derive_seed(42, 0, epoch) >> 1))
+        for number, drawn in enumerate(loader):
+            indices = loader.batch_sampler.rows(number)[0].tolist()
+            for row, (index, sample) in enumerate(zip(indices, drawn, strict=True), start=8 * number):
+                assert sampler or index == shuffled[row]
+                seed_generators(derive_seed(42, 1, epoch, index, row % copies))
+                assert sample == data[index]
+
+
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_what_the_last_batch_lacks_is_dropped_where_the_loader_drops_it(drop_last, world_size):
+    data = range(11)
+    sampler = DistributedSampler(data, world_size, 0, drop_last=drop_last) if world_size > 1 else None
+    loader = make_replayable(DataLoader(data, 3, sampler=sampler, shuffle=not sampler, drop_last=drop_last), seed=1)
+    # 11 samples for one rank; of two, each has 5, or 6 with one sample that comes twice.
+    sizes = {(1, False): [3, 3, 3, 2], (1, True): [3, 3, 3], (2, False): [3, 3], (2, True): [3]}[world_size, drop_last]
+    assert [len(batch) for batch in loader] == sizes and len(loader) == len(sizes)
+
+
+@pytest.mark.parametrize('kind, persistent', [
+    (DataLoader, False), (DataLoader, True), (MultiEpochsDataLoader, False),
+])
+def test_workers_are_those_that_the_loader_asked_for(kind, persistent):
+    asked = dict(num_workers=1, pin_memory=True, timeout=7.0, worker_init_fn=seed_generators, prefetch_factor=3)
+    loader = kind(range(8), 2, shuffle=True, multiprocessing_context='spawn', persistent_workers=persistent, **asked)
+    replayed = make_replayable(loader, seed=1)
+    assert {name: getattr(replayed, name) for name in asked} == asked
+    assert replayed.multiprocessing_context.get_start_method() == 'spawn'
+    assert replayed.persistent_workers == (persistent or kind is MultiEpochsDataLoader)
 
 
 def test_mixup_draws_what_timms_does_under_the_seed_of_the_batch(image_folder):

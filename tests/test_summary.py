@@ -3,7 +3,7 @@ import csv
 
 from timm.utils import update_summary
 
-from timm_kd.run.record import Summary
+from timm_kd.run.record import TIMM_COLUMNS, Summary, read_timing, write_record
 
 TRAIN, EVAL = {'loss': 1 / 3}, {'loss': 0.1, 'top1': 200 / 3, 'top5': 100.0}
 
@@ -47,3 +47,16 @@ def test_columns_that_a_resumed_run_adds_stand_behind_blank_ones(tmp_path):
     Summary(tmp_path / 'summary.csv', start_epoch=1).append(1, {**TRAIN, 'kd_loss': 2.0}, EVAL, 0.1)
     rows = list(csv.DictReader(open(tmp_path / 'summary.csv', newline='')))
     assert [row['train_kd_loss'] for row in rows] == ['', '2.0']
+
+
+def test_columns_of_a_validation_that_a_resumed_run_adds_stand_where_timm_has_them(tmp_path):
+    Summary(tmp_path / 'summary.csv').append(0, TRAIN, None, 0.1)
+    Summary(tmp_path / 'summary.csv', start_epoch=1).append(1, TRAIN, EVAL, 0.1)
+    assert tuple((tmp_path / 'summary.csv').read_text().splitlines()[0].split(',')) == TIMM_COLUMNS
+
+
+def test_times_of_the_epochs_before_a_resume_are_kept(tmp_path):
+    timing = [{'epoch': epoch, 'seconds': 2.0} for epoch in range(3)]
+    write_record(tmp_path, {'run_id': 'a', 'timing': timing})
+    assert read_timing(tmp_path, before=2) == timing[:2]
+    assert read_timing(tmp_path / 'none', before=2) == []
