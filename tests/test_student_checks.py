@@ -15,7 +15,7 @@ def create(tmp_path):
     def build(*flags: str) -> torch.nn.Module:
         args, _ = parse_args([str(tmp_path), '--num-classes', '10', '--img-size', '32', '--device', 'cpu', *flags])
         torch.manual_seed(0)
-        return create_student(args, Process(torch.device('cpu')), None).model
+        return create_student(args, Process(torch.device('cpu')), None)[0]
     return build
 
 

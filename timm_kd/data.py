@@ -272,20 +272,16 @@ def _read_class_map(path: str, root: str, train_split: str) -> dict[str, int]:
     places = [path, os.path.join(root, path), os.path.join(root, train_split, path)]
     try:
         numbers = load_class_map(next(filter(os.path.isfile, places), path))
+        numbers.pop('', None)  # an empty line of a text file
+        wrong = [value for value in numbers.values() if type(value) is not int or value < 0]
+        if wrong or not numbers:
+            raise ValueError(f'{wrong[0]!r} is no index' if wrong else 'it names no class')
     except Exception as error:  # a file that is no pickle makes `pickle` raise nearly anything
-        raise UsageError(_no_class_map(path, shortened(error))) from error
-    numbers.pop('', None)  # an empty line of a text file
-    wrong = [value for value in numbers.values() if type(value) is not int or value < 0]
-    if wrong or not numbers:
-        raise UsageError(_no_class_map(path, f'{wrong[0]!r} is no index' if wrong else 'it names no class'))
+        raise UsageError(
+            f'--class-map {path}: {shortened(error).rstrip(".")}; expected a .txt file with a class name on each line, '
+            'or a .pkl file of a plain dict from names to indices.'
+        ) from error
     return numbers
-
-
-def _no_class_map(path: str, reason: str) -> str:
-    return (
-        f'--class-map {path}: {reason.rstrip(".")}; expected a .txt file with a class name on each line, or a .pkl '
-        'file of a plain dict from names to indices.'
-    )
 
 
 def _check_classes(dataset: Dataset, split: str, root: str, num_classes: int, ordered: bool) -> None:

@@ -55,7 +55,10 @@ class RunLog:
         self.primary = output_dir is not None
         self._stack = ExitStack()
         self._bar = None
-        self._tensorboard = _tensorboard_writer(output_dir) if self.primary and tensorboard else None
+        self._tensorboard = None
+        if self.primary and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # an extra, which the flags were checked for
+            self._tensorboard = SummaryWriter(output_dir)
         self._wandb = _wandb_run(wandb_options) if self.primary and wandb_options is not None else None
 
     def start(self, total_updates: int) -> None:
@@ -137,12 +140,6 @@ class RunLog:
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(row)
-
-
-def _tensorboard_writer(output_dir: str) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # an extra, which the flags were checked for
-
-    return SummaryWriter(output_dir)
 
 
 def _wandb_run(options: dict[str, Any]) -> Any:

@@ -1,8 +1,7 @@
 """The set-up that training and filling a teacher cache share: from the flags to student, images and target classes."""
 import argparse
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -72,30 +71,32 @@ def set_up(args: argparse.Namespace, args_text: str, process: Process, trains: b
         _logger.warning('--model-dtype float16: training in pure float16 easily overflows; bfloat16 is safer.')
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     random_seed(args.seed, process.rank)
-    if trains:
-        student = create_student(args, process, dtype)
-    else:
-        student = create_student(args, replace(process, device=torch.device('cpu')), None)
     settled = argparse.Namespace(**vars(args))
-    settled.num_classes = student.num_classes
+    if trains:
+        student, data_config, settled.num_classes = create_student(args, process, dtype)
+    else:
+        on_cpu = replace(process, device=torch.device('cpu'))
+        student, data_config, settled.num_classes = create_student(args, on_cpu, None)
     if process.distributed and args.sync_bn:
         settled.dist_bn = ''  # synchronised statistics need no further distribution
-    data, eval_loader = create_data(settled, student.data_config, process, dtype)
+    data, eval_loader = create_data(settled, data_config, process, dtype)
+    amp_dtype = getattr(torch, args.amp_dtype)
+    autocast = partial(torch.autocast, process.device.type, amp_dtype) if args.amp else nullcontext
     settled.lr = args.lr or _learning_rate(args, data.reference_batch_size, process.world_size)
     return Setup(
         args=settled,
         args_text=args_text,
         process=process,
         dtype=dtype,
-        student=student.model,
-        data_config=student.data_config,
+        student=student,
+        data_config=data_config,
         kd=resolve_kd(args),
         data=data,
         eval_loader=eval_loader,
         steps=StepSettings(
             device=process.device,
             dtype=dtype,
-            autocast=_autocast(args, process.device),
+            autocast=autocast,
             prefetched=not args.no_prefetcher,
             channels_last=args.channels_last,
             grad_accum_steps=max(1, args.grad_accum_steps),
@@ -119,10 +120,3 @@ def _learning_rate(args: argparse.Namespace, batch_size: float, world_size: int)
         f'Learning rate ({lr}) calculated from base learning rate ({args.lr_base}) and effective global batch size '
         f'({global_batch_size:g}) with {scale} scaling.')
     return lr
-
-
-def _autocast(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Return what makes the context that forwards run in: autocast under `--amp`."""
-    if not args.amp:
-        return nullcontext
-    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))

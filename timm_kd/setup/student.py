@@ -2,9 +2,8 @@
 import argparse
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -37,27 +36,16 @@ _BUILD_ERRORS = (
 _LARGEST_RANDOM_SHARE = 0.9
 
 
-@dataclass(frozen=True)
-class Student:
-    """The model to train and what it decides for the run.
-
-    Args:
-        model: The model, on its device.
-        data_config: timm's data config of its images: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`,
-            `crop_mode`.
-        num_classes: `--num-classes`, or the model's own where the flag leaves it to the model.
-    """
-    model: nn.Module
-    data_config: DataConfig
-    num_classes: int
-
-
 def create_student(
         args: argparse.Namespace,
         process: Process,
         dtype: torch.dtype | None,
-) -> Student:
+) -> tuple[nn.Module, DataConfig, int]:
     """Create the student as timm's script does, checked on images like those of the run.
+
+    Returns:
+        The model on its device, timm's data config of its images, and the number of its classes: `--num-classes`, or
+        the model's own where the flag leaves it to the model.
 
     Raises:
         UsageError: If timm cannot build the model that the flags describe, or it cannot take the images.
@@ -96,7 +84,7 @@ def create_student(
         model = convert_sync_batchnorm(model)
     if args.torchscript:
         model = torch.jit.script(model)
-    return Student(model, data_config, num_classes)
+    return model, data_config, num_classes
 
 
 def _create_model(args: argparse.Namespace) -> nn.Module:
@@ -154,21 +142,42 @@ def _check_forward(
         input_size: tuple[int, int, int],
         num_classes: int,
 ) -> None:
-    """Show the student a batch of blank images for each size that is validated or trained on."""
+    """Refuse a student that fails on blank images of the run's sizes, or whose output a loss on logits cannot read.
+
+    Parameters, buffers and random streams are left as they were; the model is left in training mode.
+    """
     splits = max(args.aug_splits, 2) if args.split_bn else 1
     # Two images do for batch norm, if the batches of the run are as large; each split has its own.
     smallest = min(2, args.batch_size, *args.train_batch_sizes or ())
     channels, *size = input_size
-    training_sizes = [[side, side] for side in args.train_img_sizes or ()] or [size]
-    batches = [(False, (2 * splits, channels, *size))]
-    batches += [(True, (smallest * splits, channels, *sides)) for sides in training_sizes]
-    suspects = [
-        as_given(dest, getattr(args, dest))
-        for dest in ('input_size', 'img_size', 'train_img_sizes', 'in_chans', 'gp', 'model_kwargs')
-        if getattr(args, dest) not in (None, {})
-    ]
-    suspects += ['--batch-size 1'] if smallest == 1 else []
-    _check_batches(model, args.model, batches, num_classes, remedy=' or '.join(suspects or ['--img-size']))
+    batches = [(False, 2, size), *((True, smallest, [side] * 2) for side in args.train_img_sizes or ())]
+    if not args.train_img_sizes:
+        batches.append((True, smallest, size))
+    parameter = next(model.parameters())
+    for training, count, sides in batches:
+        images = torch.zeros(count * splits, channels, *sides, device=parameter.device, dtype=parameter.dtype)
+        buffers = {key: value.clone() for key, value in model.named_buffers()}
+        try:
+            with preserved_random_state(), torch.no_grad():
+                output = functional_call(model.train(training), buffers, images)
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
+            flags = 'input_size', 'img_size', 'train_img_sizes', 'in_chans', 'gp', 'model_kwargs'
+            suspects = [as_given(dest, getattr(args, dest)) for dest in flags if getattr(args, dest) not in (None, {})]
+            suspects += ['--batch-size 1'] if smallest == 1 else []
+            raise UsageError(
+                f'--model {args.model} fails on images of {"x".join(map(str, images.shape[1:]))}, change '
+                f'{" or ".join(suspects or ["--img-size"])}: {shortened(error)}'
+            ) from error
+        if not isinstance(output, torch.Tensor):
+            raise UsageError(
+                f'--model {args.model} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
+                'losses are defined on one set of logits: take a model, or --model-kwargs, without it.'
+            )
+        if output.shape != (len(images), num_classes):
+            raise UsageError(
+                f'--model {args.model} returns outputs of shape {tuple(output.shape[1:])} for an image, the losses '
+                f'need {num_classes} logits: leave --gp and --model-kwargs at their defaults.'
+            )
 
 
 def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
@@ -217,15 +226,6 @@ def _check_pretrained(model: nn.Module, missing: Iterable[str], path: str, name:
 
     The head does not count: timm never takes it from such a file. Nor do vectors: they are biases and scales, which
     start as constants.
-
-    Args:
-        model: The model that timm loaded the file into.
-        missing: Names of weights that the file lacks.
-        path: The file.
-        name: `--model`.
-
-    Raises:
-        UsageError: If more than nine tenths of the model's weights are random.
     """
     heads = model.pretrained_cfg.get('classifier') or ()
     heads = tuple(f'{head}.' for head in ([heads] if isinstance(heads, str) else heads))
@@ -239,48 +239,3 @@ def _check_pretrained(model: nn.Module, missing: Iterable[str], path: str, name:
             f'--pretrained-path {path} does not fit --model {name}: it lacks {few(random)} and holds '
             f'{few(load_state_dict(path))}; name the model that it was saved from.'
         )
-
-
-def _check_batches(
-        model: nn.Module,
-        name: str,
-        batches: Iterable[tuple[bool, Sequence[int]]],
-        num_classes: int,
-        remedy: str,
-) -> None:
-    """Refuse a student that fails on images of the run, or whose output a loss on logits cannot read.
-
-    Parameters, buffers and random streams are left as they were; the model's mode is that of the last batch.
-
-    Args:
-        model: The student, before it is scripted or its batch norm synchronised.
-        name: `--model`.
-        batches: Whether the model is in training mode, and the shape `[B, C, H, W]` of a batch of blank images.
-        num_classes: Classes of the data.
-        remedy: What to change if the model fails.
-
-    Raises:
-        UsageError: If the model cannot take such images, or its output is not a tensor `[B, num_classes]`.
-    """
-    parameter = next(model.parameters())
-    for training, shape in batches:
-        images = torch.zeros(*shape, device=parameter.device, dtype=parameter.dtype)
-        buffers = {key: value.clone() for key, value in model.named_buffers()}
-        try:
-            with preserved_random_state(), torch.no_grad():
-                output = functional_call(model.train(training), buffers, images)
-        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
-            raise UsageError(
-                f'--model {name} fails on images of {"x".join(map(str, shape[1:]))}, change {remedy}: '
-                f'{shortened(error)}'
-            ) from error
-        if not isinstance(output, torch.Tensor):
-            raise UsageError(
-                f'--model {name} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
-                'losses are defined on one set of logits: take a model, or --model-kwargs, without it.'
-            )
-        if output.shape != (len(images), num_classes):
-            raise UsageError(
-                f'--model {name} returns outputs of shape {tuple(output.shape[1:])} for an image, the losses need '
-                f'{num_classes} logits: leave --gp and --model-kwargs at their defaults.'
-            )

@@ -64,31 +64,21 @@ def create_task(setup: Setup, teacher: nn.Module | None, optimizer: torch.optim.
         jsd_splits=args.aug_splits,
     )
     kd, process = setup.kd, setup.process
+    common = dict(criterion=criterion, device=process.device, dtype=setup.dtype, verbose=process.primary)
     if kd is None:
-        task = ClassificationTask(
-            setup.student, criterion, device=process.device, dtype=setup.dtype, verbose=process.primary,
+        task = ClassificationTask(setup.student, **common)
+    else:
+        second_order = getattr(optimizer, 'is_second_order', False)
+        task = KDTask(
+            setup.student,
+            create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters),
+            teacher=teacher,
+            smoothing=args.smoothing,
+            task_loss_weight=kd.task_loss_weight,
+            distill_loss_weight=kd.distill_loss_weight,
+            warmup_epochs=kd.warmup_epochs,
+            **common,
         )
-        return _with_ema(task, setup)
-    second_order = getattr(optimizer, 'is_second_order', False)
-    kd_loss = create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters)
-    task = KDTask(
-        setup.student,
-        kd_loss,
-        teacher=teacher,
-        criterion=criterion,
-        smoothing=args.smoothing,
-        task_loss_weight=kd.task_loss_weight,
-        distill_loss_weight=kd.distill_loss_weight,
-        warmup_epochs=kd.warmup_epochs,
-        device=process.device,
-        dtype=setup.dtype,
-        verbose=process.primary,
-    )
-    return _with_ema(task, setup)
-
-
-def _with_ema(task: TrainingTask, setup: Setup) -> TrainingTask:
-    args = setup.args
     if args.model_ema:
         task.setup_ema(
             decay=args.model_ema_decay,
