@@ -93,7 +93,7 @@ class TrainData:
     reference_batch_size: float
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Tell everything that counts epochs which one comes, and at which batch a replayable loader begins."""
+        """Announce an epoch to the data set or the sampler; a replayable loader begins it at `first_batch`."""
         batch_sampler = getattr(self.loader, 'batch_sampler', None)
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
@@ -228,7 +228,8 @@ def create_eval_loader(dataset: Dataset, *, replayable: bool = False, **options:
     """
     loader = create_loader(dataset, is_training=False, **options)
     if replayable:
-        # Persistent workers draw a seed when they start, a resumed run once more: not from the stream of dropout.
+        # Persistent workers draw a seed when they start, and a resumed run starts them anew. Drawn from torch's global
+        # stream, which dropout reads too, it would make the resumed run another one.
         getattr(loader, 'loader', loader).generator = torch.Generator()
     return loader
 

@@ -42,7 +42,7 @@ _SAME_THING = (
     ('torchscript', 'torchcompile_mode'),
 )
 
-# How the flags begin that have nothing to act on without distillation.
+# Prefixes of the flags that act only in distillation.
 _OF_DISTILLATION = ('kd_', 'task_loss_weight', 'distill_loss_weight')
 
 
@@ -174,12 +174,12 @@ def override(config: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapp
         if dest not in given and merged.get(dest, defaults[dest]) != defaults[dest]:
             _logger.warning(f'{reason}: the {dest} of the config file is left out.')
             del merged[dest]
-    # An args.yaml holds every flag, `local_rank` too, which nobody writes into a recipe. `device: cuda` is the default
-    # there, written out, and means a GPU where there is one; in any other file it is a choice.
+    # Nobody writes `local_rank` into a recipe: a file with it is an args.yaml, which holds every flag. There `device:
+    # cuda` is the default written out, a GPU where there is one; in any other file it is a choice.
     if 'local_rank' in config and config.get('device') == 'cuda' and 'device' not in given:
         merged.pop('device')
-    # timm's script writes its default of 4.0 into every args.yaml, that of plain training too: no choice of the user.
-    # Such a file has no key `kd_loss`; in one of ours, or in a recipe, the same value was meant.
+    # An args.yaml of timm's script, which has no key `kd_loss`, holds timm's default of 4.0 even after plain training:
+    # no choice of the user. In an args.yaml of this script, or in a recipe, the same value was chosen.
     if 'kd_loss' not in config and config.get('kd_temperature') == 4.0 and 'kd_temperature' not in given:
         if not any(merged.get('teacher') or ()) and not merged.get('kd_model_name'):
             merged.pop('kd_temperature', None)

@@ -26,20 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     push.add_argument('--license', help='licence for the model card, such as apache-2.0 (none)')
     push.add_argument('--dataset', help="the training data's id on the Hub, for the model card (none)")
     push.add_argument('--dry-run', action='store_true', help='write RUN_DIR/hub, say what would go up, do not push')
-    args = parser.parse_args(argv)
+    options = vars(parser.parse_args(argv))
+    del options['command']
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_kd').setLevel(logging.INFO)
     with ending('timm_kd.hub'):
-        print_out(push_run(
-            args.run_dir,
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            checkpoint=args.checkpoint,
-            license=args.license,
-            dataset=args.dataset,
-            dry_run=args.dry_run,
-        ))
+        print_out(push_run(**options))
 
 
 if __name__ == '__main__':

@@ -22,24 +22,7 @@ def create_data(
     Raises:
         UsageError: If the data cannot be found or does not fit the flags.
     """
-    train_set, eval_set = create_datasets(**dataset_kwargs(args, data_config))
-    data = create_train_data(train_set, **train_data_kwargs(args, data_config, process, dtype))
-    if eval_set is None:
-        return data, None
-    if args.tta and not isinstance(eval_set, IterableDataset):
-        # timm averages the outputs of neighbours, and cannot where the last batch leaves some over.
-        num_images = -(-len(eval_set) // process.world_size)
-        if num_images % args.tta:
-            raise UsageError(
-                f'--tta {args.tta}: the {num_images} images of --val-split {args.val_split} are no multiple of it, '
-                'take another number or leave it out.'
-            )
-    return data, create_eval_loader(eval_set, **eval_loader_kwargs(args, data_config, process, dtype))
-
-
-def dataset_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
-    """Return the keywords of `create_datasets`."""
-    return dict(
+    train_set, eval_set = create_datasets(
         name=args.dataset,
         root=args.data_dir or args.data,
         num_classes=args.num_classes,
@@ -57,6 +40,18 @@ def dataset_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[st
         target_key=args.target_key,
         trust_remote_code=args.dataset_trust_remote_code,
     )
+    data = create_train_data(train_set, **train_data_kwargs(args, data_config, process, dtype))
+    if eval_set is None:
+        return data, None
+    if args.tta and not isinstance(eval_set, IterableDataset):
+        # timm averages the outputs of neighbours, and cannot where the last batch leaves some over.
+        num_images = -(-len(eval_set) // process.world_size)
+        if num_images % args.tta:
+            raise UsageError(
+                f'--tta {args.tta}: the {num_images} images of --val-split {args.val_split} are no multiple of it, '
+                'take another number or leave it out.'
+            )
+    return data, create_eval_loader(eval_set, **eval_loader_kwargs(args, data_config, process, dtype))
 
 
 def train_data_kwargs(

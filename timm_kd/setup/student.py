@@ -32,7 +32,7 @@ _BUILD_ERRORS = (
     SafetensorError,
 )
 
-# timm leaves random what a file does not name; up to here it may be that the user wants it so.
+# timm leaves random what a file does not name. Up to this share of the model, the user may have meant that.
 _LARGEST_RANDOM_SHARE = 0.9
 
 

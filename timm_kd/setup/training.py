@@ -29,7 +29,7 @@ def create_optimizer(setup: Setup) -> torch.optim.Optimizer:
     args = setup.args
     try:
         optimizer = create_optimizer_v2(setup.student, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    except RuntimeError as error:  # the device has not what --opt-kwargs asks for (fused=True); the rest is checked
+    except RuntimeError as error:  # the device lacks what --opt-kwargs asks for (fused=True)
         raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {shortened(error)}') from error
     # timm's factory puts weight decay into the parameter groups and leaves a zero among the defaults.
     defaults = {**optimizer.defaults, 'weight_decay': args.weight_decay}
@@ -103,7 +103,7 @@ def create_scheduler(setup: Setup, optimizer: torch.optim.Optimizer, start_epoch
             **scheduler_kwargs(args, decreasing_metric=decreasing),
             updates_per_epoch=updates_per_epoch,
         )
-    except ValueError as error:  # of wsd and rsqrt under --sched-on-updates; the rest is checked
+    except ValueError as error:  # wsd and rsqrt under --sched-on-updates: all else was refused with the flags
         raise UsageError(
             f'--sched {args.sched} --sched-on-updates: {updates_per_epoch} updates an epoch leave less than one to '
             'decay in, raise --decay-epochs or --epochs.'
@@ -119,12 +119,12 @@ def create_scheduler(setup: Setup, optimizer: torch.optim.Optimizer, start_epoch
 
 
 def count_epochs(setup: Setup) -> int:
-    """Return the number of epochs that the flags schedule, before there is an optimizer in the state to begin with."""
+    """Return the number of epochs that the flags schedule; a throw-away optimizer stands in for that of the run."""
     return create_scheduler(setup, torch.optim.SGD([torch.zeros(1)], lr=1.0), start_epoch=0)[1]
 
 
 def loop_settings(setup: Setup, start_epoch: int, num_epochs: int, eval_metric: str) -> LoopSettings:
-    """Return what the epochs of the run are like."""
+    """Return the settings of the loop over the epochs."""
     args = setup.args
     return LoopSettings(
         num_epochs=num_epochs,

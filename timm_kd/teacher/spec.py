@@ -258,7 +258,7 @@ def _load_file(
         if arch in (None, model, get_arch_name(model)):
             raise
         raise RuntimeError(f'the file says {arch}. {error}') from error
-    # After the weights: the head of a file of another architecture does not tell what is wrong.
+    # Checked once the weights fit: of a file of another architecture, the class count is not what is wrong.
     check_num_classes(str(path), cfg['num_classes'], expected, f'{model} --pretrained --pretrained-path {path}')
     del teacher.pretrained_cfg['state_dict']  # a second copy of the weights
     return teacher
