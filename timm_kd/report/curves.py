@@ -110,7 +110,9 @@ def _draw_group(axes: 'Axes', group: 'Group', column: str, number: int, clock: b
 
 def save_png(figure: 'Figure', path: Path) -> None:
     """Save a figure as a PNG on white."""
+    figure.patch.set_alpha(1)
     figure.savefig(path, dpi=120, facecolor='white')
+    figure.patch.set_alpha(0)
 
 
 def to_svg(figure: 'Figure') -> str:
