@@ -283,8 +283,6 @@ def check_loader(report: Report, size: Size, home: Path, rates: dict[str, float]
     print(f'| the loader | {rate:.0f} | |')
     for name, own in rates.items():
         print(f'| {name} | {own:.0f} | {"the loader" if rate < own else "the step"} |')
-    print()
-    report.judge('the loader delivers', rate > 0, f'{rate:.0f} images/s')
 
 
 def check_digits(report: Report, size: Size, home: Path) -> None:
@@ -328,8 +326,8 @@ def check_digits(report: Report, size: Size, home: Path) -> None:
     report.judge('the third run reads what the first two stored', alone, 'without a teacher' if alone else 'it did not')
     losses = [[float(row['train_loss']) for row in rows(name)] for name in ('filled', 'read')]
     apart = max(abs(one - other) / other for one, other in zip(*losses, strict=True))
-    # The kernels of cuDNN add in an order of their own each time.
-    bar = 0.05 if report.device == 'cuda' else 0.0
+    # The kernels of cuDNN add in an order of their own each time, and training magnifies it.
+    bar = 0.1 if report.device == 'cuda' else 0.0
     report.judge(f'filled and resumed as read in one go, losses within {bar:g}', apart <= bar, f'{apart:.1g} apart')
 
 

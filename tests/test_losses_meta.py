@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from timm_kd import KDTask, Teacher
 from timm_kd.losses import KD_LOSSES, create_kd_loss
-from timm_kd.meters import StepTotals
+from timm_kd.meters import AgreementEvaluator, StepTotals, TeacherEvaluator
 from timm_kd.teacher import TeacherEnsemble
 from timm_kd.teacher_cache.layout import RowLayout
 
@@ -133,6 +133,27 @@ def test_step_with_each_kind_of_teacher_reads_nothing_back(make_teacher, name, k
 
 def test_step_of_plain_sgd_reads_nothing_back(make_teacher):
     train_step('kd', make_teacher('teacher'), mixed=False, opt='momentum')
+
+
+@pytest.mark.parametrize('options', [{}, {'dtype': 'float32'}, {'topk': 3}], ids=['float16', 'float32', 'largest'])
+def test_packing_logits_reads_nothing_back(options):
+    layout = RowLayout(CLASSES, **options)
+    with NoneOfTheHost():
+        assert layout.pack(torch.empty(BATCH, CLASSES, device=META)).shape == (BATCH, layout.row_bytes)
+
+
+def test_validation_reads_nothing_back_before_its_end():
+    target = torch.empty(BATCH, dtype=torch.int64, device=META)
+    expected = torch.empty(2 * BATCH, dtype=torch.int64, device=META)
+    student = AgreementEvaluator(expected, META, max_samples=2 * BATCH - 1)
+    teacher = TeacherEvaluator(2, META, max_samples=2 * BATCH - 1)
+    with NoneOfTheHost():
+        for _ in range(2):
+            student.update(torch.empty(BATCH, CLASSES, device=META), target)
+            teacher.update(torch.empty(BATCH, 2, CLASSES, device=META), target)
+    assert teacher.predictions().shape == (2 * BATCH,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        student.compute()
 
 
 @pytest.fixture
