@@ -84,16 +84,21 @@ class TrainData:
     """The training side: the loader, and Mixup where the loader does not mix itself (`--no-prefetcher`).
 
     `reference_batch_size` is what the automatic learning rate and the loss scale refer to: `--batch-size`, or the
-    average over the schedule of `--train-img-sizes`.
+    average over the schedule of `--train-img-sizes`. From `mixup_off_epoch` on (0: never) nothing is mixed; targets
+    stay dense.
     """
     dataset: Dataset
     loader: DataLoader
     mixup_fn: Mixup | None
     mixup_active: bool
+    mixup_off_epoch: int
     reference_batch_size: float
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Announce an epoch to the data set or the sampler; a replayable loader begins it at `first_batch`."""
+        if self.mixup_active:
+            mixer = self.loader if self.mixup_fn is None else self.mixup_fn
+            mixer.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
         batch_sampler = getattr(self.loader, 'batch_sampler', None)
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
@@ -104,12 +109,6 @@ class TrainData:
                 if hasattr(sampler, 'set_epoch'):
                     sampler.set_epoch(epoch)
                     break
-
-    def set_mixup(self, enabled: bool) -> None:
-        """Switch Mixup and CutMix, where there are any (`--mixup-off-epoch`); targets stay dense."""
-        if self.mixup_active:
-            mixer = self.loader if self.mixup_fn is None else self.mixup_fn
-            mixer.mixup_enabled = enabled
 
 
 def create_datasets(
@@ -167,6 +166,7 @@ def create_train_data(
         dataset: Dataset,
         *,
         mixup: dict[str, Any] | None = None,
+        mixup_off_epoch: int = 0,
         replay_seed: int | None = None,
         replay_epochs: int | None = None,
         **options: Any,
@@ -176,6 +176,7 @@ def create_train_data(
     Args:
         dataset: The training data set.
         mixup: Arguments of `timm.data.Mixup`; None to mix nothing.
+        mixup_off_epoch: The epoch from which nothing is mixed; 0: never.
         replay_seed: Seed of a replayable loader; None for timm's own.
         replay_epochs: Distinct epochs of a replayable loader; None: all are distinct.
         options: Keywords of `timm.data.create_loader`.
@@ -215,7 +216,7 @@ def create_train_data(
             f'--batch-size {options["batch_size"]}: the {len(dataset)} training images do not fill one batch, and timm '
             'drops the last partial one: lower it.'
         )
-    return TrainData(dataset, loader, mixup_fn, mixup is not None, reference_batch_size)
+    return TrainData(dataset, loader, mixup_fn, mixup is not None, mixup_off_epoch, reference_batch_size)
 
 
 def create_eval_loader(dataset: Dataset, *, replayable: bool = False, **options: Any) -> DataLoader:

@@ -46,15 +46,20 @@ class StepSettings:
     batch_loss_scale: str = 'none'
     reference_batch_size: float = 1.0
 
-    def place(self, input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring a batch of a loader without prefetcher to the device."""
-        if self.prefetched:
-            return input, target
-        return input.to(device=self.device, dtype=self.dtype), target.to(device=self.device)
-
-    def arrange(self, input: torch.Tensor) -> torch.Tensor:
-        """Put images into the model's memory format."""
-        return input.contiguous(memory_format=torch.channels_last) if self.channels_last else input
+    def prepare(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            mixup_fn: Callable | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bring a batch of a loader to the device, mix it, and put its images into the model's memory format."""
+        if not self.prefetched:
+            input, target = input.to(device=self.device, dtype=self.dtype), target.to(device=self.device)
+        if mixup_fn is not None:
+            input, target = mixup_fn(input, target)
+        if self.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        return input, target
 
     def loss_scale(self, batch_size: int) -> float:
         """Return the factor that the loss of a batch of this size gets for backward."""
@@ -119,10 +124,7 @@ def train_one_epoch(
     samples, data_seconds, update_start = 0, 0.0, time.time()
     for batch_idx, (input, target), seconds in _timed(loader, first_batch):
         data_seconds += seconds
-        input, target = settings.place(input, target)
-        if mixup_fn is not None:
-            input, target = mixup_fn(input, target)
-        input = settings.arrange(input)
+        input, target = settings.prepare(input, target, mixup_fn)
         need_update = (batch_idx + 1) % accum_steps == 0 or batch_idx + 1 == num_batches
         divisor = last_accum_steps if batch_idx >= num_batches - last_accum_steps else accum_steps
         with nullcontext() if need_update else task.no_sync():
@@ -219,9 +221,9 @@ def validate(
     """
     model.eval()
     for batch_idx, (input, target) in enumerate(loader):
-        input, target = settings.place(input, target)
+        input, target = settings.prepare(input, target)
         with settings.autocast():
-            output = model(settings.arrange(input))
+            output = model(input)
         if isinstance(output, (tuple, list)):
             output = output[0]
         if tta > 1:

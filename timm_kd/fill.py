@@ -72,13 +72,8 @@ class TeacherRun:
         """Yield the batches of images of an epoch, as the student of a training run gets them."""
         data, steps = self.setup.data, self.setup.steps
         data.set_epoch(epoch, first_batch)
-        off_epoch = self.setup.args.mixup_off_epoch
-        data.set_mixup(not off_epoch or epoch < off_epoch)
         for input, target in data.loader:
-            input, target = steps.place(input, target)
-            if data.mixup_fn is not None:
-                input, target = data.mixup_fn(input, target)
-            yield steps.arrange(input)
+            yield steps.prepare(input, target, data.mixup_fn)[0]
 
     def rows(self, epoch: int) -> np.ndarray:
         """Return the numbers of the rows that this rank reads in an epoch, `[N]`."""

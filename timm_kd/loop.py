@@ -42,7 +42,6 @@ class LoopSettings:
     start_epoch: int = 0
     val_interval: int = 1
     recovery_interval: int = 0
-    mixup_off_epoch: int = 0
     save_epochs: tuple[int, ...] = ()
     eval_metric: str = 'top1'
     eval_ema: bool = True
@@ -147,8 +146,6 @@ class Loop:
         if not self.first_batch:
             self.totals = StepTotals(self.steps.device)
         self.data.set_epoch(epoch, self.first_batch)
-        if self.settings.mixup_off_epoch and epoch >= self.settings.mixup_off_epoch:
-            self.data.set_mixup(False)
         if isinstance(self.task, KDTask):
             self.task.set_epoch(epoch + 1)
         if self.first_batch < len(self.data.loader):

@@ -67,6 +67,7 @@ def train_data_kwargs(
         worker_seeding=args.worker_seeding,
         replay_seed=args.seed if args.replayable_data else None,
         replay_epochs=args.teacher_cache_epochs,
+        mixup_off_epoch=args.mixup_off_epoch,
         **augmentation_settings(args, data_config),
         **_loading_kwargs(args, data_config, process, dtype),
     )

@@ -131,7 +131,6 @@ def loop_settings(setup: Setup, start_epoch: int, num_epochs: int, eval_metric: 
         start_epoch=start_epoch,
         val_interval=args.val_interval,
         recovery_interval=args.recovery_interval,
-        mixup_off_epoch=args.mixup_off_epoch,
         save_epochs=tuple(args.save_epochs or ()),
         eval_metric=eval_metric,
         eval_ema=not args.model_ema_force_cpu,
