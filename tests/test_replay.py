@@ -344,8 +344,8 @@ def test_mixup_draws_what_timms_does_under_the_seed_of_the_batch(image_folder):
 @pytest.mark.parametrize('epoch, first', [(3, 0), (3, 16), (4, 16)])
 def test_mixing_in_the_collation_draws_what_timms_does_under_the_seed_of_the_batch(epoch, first):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 3, SIZE, SIZE), dtype=np.uint8)
-    batch = Samples(zip(pixels, [0, 1, 2, 3] * 2, strict=True))
-    batch.key = BatchKey(epoch, first, stride=1, samples=list(range(8)), mixup_enabled=True)
+    batch = Samples(BatchKey(epoch, first, stride=1, samples=list(range(8)), mixup_enabled=True))
+    batch.extend(zip(pixels, [0, 1, 2, 3] * 2, strict=True))
     mixed = ReplayCollateMixup(mixup_of('elem'), seed=1)(batch)
     seed_generators(derive_seed(1, 2, epoch, first))
     assert same([mixed], [mixup_of('elem')(list(batch))])

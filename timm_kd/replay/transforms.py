@@ -15,7 +15,9 @@ from .draws import ERASING, MIXUP, SAMPLE, derive_seed, preserved_generators, se
 class Samples(list):
     """The samples of a batch on their way to the collation, with its key."""
 
-    key: BatchKey
+    def __init__(self, key: BatchKey) -> None:
+        super().__init__()
+        self.key = key
 
 
 class ReplayDataset(Dataset):
@@ -33,8 +35,7 @@ class ReplayDataset(Dataset):
         return self.dataset[index]
 
     def __getitems__(self, key: BatchKey) -> Samples:
-        samples = Samples()
-        samples.key = key
+        samples = Samples(key)
         with preserved_generators():
             for row, sample in enumerate(key.samples):
                 index = sample[0] if isinstance(sample, tuple) else sample

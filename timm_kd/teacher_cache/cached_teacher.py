@@ -64,6 +64,7 @@ class CachedTeacher(nn.Module):
         self.members = list(members) if teacher is None else teacher.members
         self.validation_key = validation_key
         self.must_store = must_store
+        self._stores = folder.writable
         self._copies = HostCopies(device)
         self._file: EpochFile | None = None
         self._pass = self._batch = -1
@@ -97,7 +98,7 @@ class CachedTeacher(nn.Module):
             raise RuntimeError(f'{self.folder.path} lost rows during the run, and no teacher is there to compute them.')
         else:
             packed = self.layout.pack(self.teacher(images))
-            if self.folder.writable:
+            if self._stores:
                 self._copies.start(rows, packed)
                 self._write_arrived()
             logits = self.layout.unpack(packed)
@@ -112,7 +113,7 @@ class CachedTeacher(nn.Module):
         else:
             self.flush()
             self._pass, self._batch = sampler.num_passes, sampler.start_batch
-            if self.folder.writable:
+            if self._stores:
                 with self._going_on_when_full():
                     self._file = self.folder.open_epoch(sampler.epoch)
             # A file that there was no room to make is empty.
@@ -144,7 +145,7 @@ class CachedTeacher(nn.Module):
             if self.must_store or self.teacher is None:
                 raise
             self._copies.drop()
-            self.folder.writable = False
+            self._stores = False
             _logger.warning(f'{error} This run goes on with the live teacher and stores no more.')
 
     def flush(self) -> None:

@@ -117,18 +117,20 @@ class CacheFolder:
 
     def _claim(self, key: Key, teacher: Key | None, rebuild: bool) -> None:
         path = self.path / KEY_FILE
-        if not self.writable and not os.path.lexists(path):
-            raise UsageError(f'--teacher-cache {self.path} is empty and cannot be written: use another folder.')
         if os.path.lexists(path):
             self._check_format(path, rebuild)
+        elif not self.writable:
+            raise UsageError(f'--teacher-cache {self.path} is empty and cannot be written: use another folder.')
         try:
-            self._claim_both(key, teacher)
+            claim_key(path, key)
+            if teacher is not None:
+                self.claim_teacher(teacher)
         except OtherKey:
             # A run that was refused before its first row leaves a key, and no reason to keep it.
             if not rebuild and epoch_files(self.path):
                 raise
             self._clear()
-            self._claim_both(key, teacher)
+            self._claim(key, teacher, rebuild=False)
 
     def _check_format(self, path: Path, rebuild: bool) -> None:
         """Refuse a key.json of another program, with its folder; a damaged one may be cleared among a cache's files."""
@@ -140,11 +142,6 @@ class CacheFolder:
             raise
         if 'format' not in stored:
             raise UsageError(f'--teacher-cache {self.path}: its {path.name} is not that of a teacher cache.')
-
-    def _claim_both(self, key: Key, teacher: Key | None) -> None:
-        claim_key(self.path / KEY_FILE, key)
-        if teacher is not None:
-            self.claim_teacher(teacher)
 
     def claim_teacher(self, teacher: Key) -> None:
         """Write down what the live teacher says of itself, or check that it is the one that filled the cache.
