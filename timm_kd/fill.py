@@ -23,15 +23,7 @@ from .process import setup_process
 from .setup import Setup, count_epochs, evaluate_run_teacher, open_cached_teacher, set_up
 from .teacher_cache import CachedTeacher
 from .teacher_cache.cached_teacher import epoch_rows
-from .teacher_cache.folder import (
-    ARGS_FILE,
-    TEACHER_FILE,
-    epoch_files,
-    epoch_path,
-    precision_of,
-    read_rows,
-    read_teacher,
-)
+from .teacher_cache.folder import ARGS_FILE, epoch_files, epoch_path, read_precision, read_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -207,7 +199,7 @@ def _trusted_flags(folder: Path) -> dict[str, Any]:
     if not isinstance(flags, dict):
         raise UsageError(f'{path} holds no flags: give the flags after the folder.')
     flags = {name: value for name, value in flags.items() if name in _DECIDE_IMAGES + _DECIDE_LOGITS}
-    precision = precision_of(read_teacher(folder / TEACHER_FILE))
+    precision = read_precision(folder)
     if flags.get('teacher_dtype', 'auto') == 'auto' and precision:
         flags['teacher_dtype'] = precision  # on this machine `auto` may be another
     return flags

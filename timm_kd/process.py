@@ -140,8 +140,7 @@ def _accelerators() -> dict[str, Any]:
 
 
 def get_random_state() -> dict[str, Any]:
-    """Return the states of the generators of Python, NumPy, torch and the own device, as `weights_only` can load them.
-    """
+    """Return the states of the generators of Python, NumPy, torch and the device, as `weights_only` can load them."""
     version, keys, gauss = random.getstate()
     name, numpy_keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -153,8 +152,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set what `get_random_state` returned; the state of a kind of device that this process does not use is left out.
-    """
+    """Set what `get_random_state` returned, but for kinds of devices that this process does not use."""
     version, keys, gauss = state['python']
     random.setstate((version, tuple(keys), gauss))
     name, numpy_keys, position, has_gauss, cached = state['numpy']

@@ -17,7 +17,7 @@ from ..process import preserved_random_state
 from ..teacher import Teacher, TeacherEnsemble, create_teacher
 from ..teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from ..teacher_cache.cached_teacher import epoch_rows, num_predictions
-from ..teacher_cache.folder import KEY_FILE, TEACHER_FILE, precision_of, read_members, read_teacher
+from ..teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision, read_teacher
 from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_files
 from .base import Setup
 from .data import augmentation_settings, image_mode
@@ -248,7 +248,7 @@ def _requested_precision(folder: str, requested: str) -> str:
     """Return `--teacher-dtype` as the key has it: `auto` and the precision that it was at the fill are the same."""
     try:
         same = read_teacher(Path(folder, KEY_FILE)).get('dtype') == 'auto' and \
-            precision_of(read_teacher(Path(folder, TEACHER_FILE))) == requested
+            read_precision(Path(folder)) == requested
     except OtherKey:
         same = False  # a damaged file, which opening the folder will refuse or clear
     return 'auto' if same else requested
@@ -256,7 +256,7 @@ def _requested_precision(folder: str, requested: str) -> str:
 
 def _check_precision(folder: Path, requested: str, teacher: Key) -> None:
     """Name the precision to give where `auto` is another one on this machine than it was on the one that filled."""
-    stored, own = precision_of(read_teacher(folder / TEACHER_FILE)), precision_of(teacher)
+    stored, own = read_precision(folder), precision_of(teacher)
     if requested == 'auto' and stored not in (None, own):
         raise UsageError(
             f'--teacher-cache {folder} was filled by a teacher in {stored}, and --teacher-dtype auto is {own} on this '

@@ -287,13 +287,16 @@ def read_teacher(path: Path) -> Key:
 
 
 def precision_of(teacher: Key) -> str | None:
-    """Return the precision in a teacher's fingerprint, as `--teacher-dtype` has it; None where its members differ, or
-    where there is no fingerprint.
-    """
+    """Return the precision in a teacher's fingerprint, as `--teacher-dtype` has it; None where its members differ."""
     members = [teacher] if 'dtype' in teacher else teacher.values()
     found = {member.get('dtype') for member in members if isinstance(member, dict)}
     precision = found.pop() if len(found) == 1 else None
     return 'amp' if precision == 'float32 amp' else precision
+
+
+def read_precision(folder: Path) -> str | None:
+    """Return the precision in which a cache's teacher answered; None where no teacher has been there yet."""
+    return precision_of(read_teacher(folder / TEACHER_FILE))
 
 
 def read_members(folder: Path) -> list[dict[str, Any]] | None:
