@@ -110,12 +110,14 @@ def test_full_device_is_an_error_that_says_how_to_go_on(tmp_path):
         saver.save_checkpoint(0, 1.0)
 
 
-def test_save_that_was_cut_before_its_ranking_is_finished_on_resume(tmp_path):
+@pytest.mark.parametrize('linked', [False, True])
+def test_save_that_was_cut_before_its_ranking_is_finished_on_resume(tmp_path, linked):
     saver = make_saver(tmp_path)
     saver.save_checkpoint(0, 1.0)
     saver.save_checkpoint(1, 2.0)
     # As a kill leaves it between writing `last` and linking its copies.
-    (tmp_path / 'checkpoint-1.pth.tar').unlink()
+    if not linked:
+        (tmp_path / 'checkpoint-1.pth.tar').unlink()
     (tmp_path / 'model_best.pth.tar').unlink()
     (tmp_path / 'model_best.pth.tar').hardlink_to(tmp_path / 'checkpoint-0.pth.tar')
     resumed = make_saver(tmp_path)
@@ -174,6 +176,8 @@ def test_run_keeps_its_id_in_its_own_folder_alone(tmp_path):
     assert (continued.run_id, continued.in_place, continued.epoch) == ('a', True, 1)
     forked = find_start(str(own / 'last.pth.tar'), str(other), process)
     assert forked.run_id not in ('a', 'b') and not forked.in_place and forked.epoch == 1
+    (own / 'run.json').unlink()
+    assert find_start('auto', str(own), process).path == continued.path
     fresh = find_start('', str(own), process)
     assert fresh.run_id != 'a' and not fresh.in_place and fresh.path is None
 
@@ -201,8 +205,12 @@ def test_resumed_saver_removes_the_recovery_files_that_the_interrupted_one_left(
     resumed = make_saver(tmp_path)
     resumed.continue_from(str(tmp_path / 'recovery-1-9.pth.tar'))
     assert (resumed.best_metric, resumed.best_epoch) == (3.0, 0)
-    resumed.save_recovery(1, 11)
+    assert resumed.checkpoint_files == saver.checkpoint_files and not (tmp_path / 'checkpoint-1.pth.tar').exists()
+    resumed.save_recovery(1, 11, {'batch': 12})
+    assert find_resume_point(tmp_path, None, replayable=True).name == 'recovery-1-11.pth.tar'
     assert [path.name for path in find_recoveries(tmp_path)] == ['recovery-1-9.pth.tar', 'recovery-1-11.pth.tar']
+    resumed.save_recovery(1, 13)
+    assert [path.name for path in find_recoveries(tmp_path)] == ['recovery-1-11.pth.tar', 'recovery-1-13.pth.tar']
 
 
 def test_last_that_is_ranked_already_is_ranked_once_and_written_no_more(tmp_path):
@@ -218,6 +226,15 @@ def test_last_that_is_ranked_already_is_ranked_once_and_written_no_more(tmp_path
         each.save_checkpoint(2, 2.0)
         assert [os.path.basename(path) for path, _ in each.checkpoint_files] == [
             'checkpoint-1.pth.tar', 'checkpoint-2.pth.tar']
+
+
+def test_epoch_that_was_trained_again_is_ranked_by_its_last_result_alone(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.save_checkpoint(1, 2.0)
+    saver.save_checkpoint(1, 1.0)  # after --start-epoch 1
+    resumed = make_saver(tmp_path)
+    resumed.continue_from(str(tmp_path / 'last.pth.tar'))
+    assert resumed.checkpoint_files == [(str(tmp_path / 'checkpoint-1.pth.tar'), 1.0)]
 
 
 def test_copy_that_a_kill_left_half_made_is_no_obstacle(tmp_path):

@@ -446,6 +446,8 @@ def test_only_names_that_a_cache_writes_are_its_epochs(tmp_path, caplog):
     '"rows": {"by": "sample", "count": "9", "classes": 2, "dtype": "float16", "topk": null}',
     '"rows": {"by": "sample", "count": 9, "classes": -2, "dtype": "float16", "topk": null}',
     '"rows": {"by": "sample", "count": 9, "classes": 2, "dtype": "int8", "topk": null}',
+    '"rows": {"by": "sample", "count": 0, "classes": 2, "dtype": "float16", "topk": null}',
+    '"rows": {"by": "file", "count": 9, "classes": 2, "dtype": "float16", "topk": null}',
 ])
 def test_a_key_that_says_nothing_sensible_of_its_rows_is_damaged(tmp_path, rows):
     (tmp_path / 'key.json').write_text(f'{{{rows}}}')

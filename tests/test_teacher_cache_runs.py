@@ -2,6 +2,7 @@
 import csv
 import functools
 import gc
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from helpers import free_port
@@ -229,6 +231,9 @@ def test_changed_flags_and_images_are_refused_by_name(filled, home, images, run,
     ('--teacher-kwargs drop_rate=0.1', 'teacher.kwargs.drop_rate'),
     ('--amp --amp-dtype bfloat16 --teacher-dtype amp', 'teacher.autocast'),
     ('--teacher-class-map map.txt', 'teacher.class_map'),
+    ('--teacher-class-map map.txt --teacher-class-map-missing mask', 'teacher.class_map_missing'),
+    ('--teacher-model test_resnet2', 'teacher.model'),
+    ('--teacher-ema', 'teacher.ema'),
     ('--teacher-cache-topk 3', 'rows.topk'),
     ('--teacher-cache-dtype float16', 'rows.dtype'),
 ])
@@ -244,9 +249,44 @@ def test_rows_that_depend_on_their_batch_belong_to_its_size_and_mixing(tmp_path,
     cache_main(['fill', '--epochs-range', '0', '1', *arguments(home, images, 'mixed', *cache(tmp_path), *mixing)])
     others = {'--batch-size 8': 'batches.batch_size was 16'}
     if '--mixup' in mixing:
-        others |= {'--mixup 0.5': 'mixing.mixup was 0.4', '--mixup-off-epoch 1': 'mixing.mixup_off_epoch was 0'}
+        others |= {
+            '--mixup 0.5': 'mixing.mixup was 0.4', '--mixup-off-epoch 1': 'mixing.mixup_off_epoch was 0',
+            '--mixup-prob 0.5': 'mixing.mixup_prob was 1.0', '--mixup-mode elem': 'mixing.mixup_mode was "batch"',
+            '--cutmix 1': 'mixing.cutmix was 0.0, is now 1.0; mixing.mixup_switch_prob was not set, is now 0.5',
+            '--cutmix-minmax 0.2 0.8': 'mixing.cutmix_minmax was null',
+        }
     for flags, message in others.items():
         assert message in refused(capsys, run, *cache(tmp_path), *mixing, *flags.split())
+    edit_key(tmp_path, 'batches', 'world_size', 2)
+    assert 'batches.world_size was 2, is now 1' in refused(capsys, run, *cache(tmp_path), *mixing)
+
+
+def edit_key(folder, part, name, value):
+    key = json.loads((folder / 'key.json').read_text())
+    key[part][name] = value
+    (folder / 'key.json').write_text(json.dumps(key))
+
+
+def test_rows_of_another_version_of_timm_are_refused(filled, run, tmp_path, capsys):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    edit_key(folder, 'versions', 'timm', '0.1')
+    assert f'versions.timm was "0.1", is now "{timm.__version__}"' in refused(capsys, run, *cache(folder))
+
+
+def test_a_class_map_is_known_by_its_content(tmp_path, run, capsys):
+    class_map = tmp_path / 'map.txt'
+    class_map.write_text('\n'.join(map(str, range(10))))
+    flags = [*cache(tmp_path / 'cache'), '--teacher-class-map', str(class_map), '--epochs', '1']
+    run(*flags)
+    class_map.write_text('\n'.join(map(str, reversed(range(10)))))
+    assert 'teacher.class_map was' in refused(capsys, run, *flags)
+
+
+def test_without_augmentation_the_resize_of_validation_decides_the_images(tmp_path, run, capsys):
+    flags = [*cache(tmp_path), '--no-aug', '--epochs', '1', '--train-interpolation']
+    run(*flags, 'bilinear')
+    run(*flags, 'nearest')
+    assert 'images.interpolation was' in refused(capsys, run, *flags, 'nearest', '--interpolation', 'nearest')
 
 
 def test_epochs_without_mixing_cannot_come_round_as_mixed_ones(tmp_path, run, capsys):
@@ -278,7 +318,7 @@ def test_a_run_reads_no_epoch_before_its_first(tmp_path, home, images, run, teac
 
 
 @pytest.mark.parametrize('flags', [
-    ['--train-crop-mode', 'rrc'], ['--input-img-mode', 'RGB'], ['--remode', 'const'],
+    ['--train-crop-mode', 'rrc'], ['--input-img-mode', 'RGB'], ['--remode', 'const'], ['--resplit'],
 ], ids=' '.join)
 def test_a_flag_that_changes_no_image_changes_no_key(filled, run, teacher, flags):
     shutil.rmtree(teacher)
@@ -287,10 +327,19 @@ def test_a_flag_that_changes_no_image_changes_no_key(filled, run, teacher, flags
 
 def test_students_with_other_crops_keep_a_validation_each(filled, run, teacher, tmp_path):
     folder = shutil.copytree(filled, tmp_path / 'cache')
-    crops = [], ['--crop-pct', '0.7']
+    crops = [flags.split() for flags in ('', '--crop-pct 0.7', '--interpolation nearest', '--tta 2')]
     first = [run(*cache(folder), *crop) for crop in crops]
+    assert len(list(folder.glob('validation-*.npz'))) == len(crops)
     shutil.rmtree(teacher)
     assert [run(*cache(folder), *crop) for crop in crops] == first
+
+
+def test_other_validation_images_have_a_validation_of_their_own(filled, home, images, teacher, tmp_path):
+    folder, others = shutil.copytree(filled, tmp_path / 'cache'), shutil.copytree(images, tmp_path / 'images')
+    three, four = (next((others / 'validation' / label).iterdir()) for label in '34')
+    shutil.copy(four, three)
+    main(arguments(home, others, 'others', *cache(folder)))
+    assert len(list(folder.glob('validation-*.npz'))) == 2
 
 
 def test_a_weights_file_at_another_place_is_the_same_teacher(tmp_path, run, teacher):
@@ -345,10 +394,10 @@ def test_a_fill_goes_on_at_the_first_row_that_is_absent(filled, home, images, tm
     folder = shutil.copytree(filled, tmp_path / 'cache')
     file = EpochFile(folder / 'epoch-0000.logits', NUM_SAMPLES, 40, writable=True)
     order = ReplayBatchSampler(BatchSampler(ShuffledSampler(range(NUM_SAMPLES), 1, 0), 16, True), seed=5).rows(0, 3)[0]
-    file.checksums[order[2 * 16 + 5:]] = 0
+    file.checksums[order[16 + 5:]] = 0
     file.close()
     cache_main(['fill', '--epochs-range', '0', '1', *arguments(home, images, 'on', *cache(folder))])
-    assert 'Teacher cache: 1 epochs, 16 images' in caplog.text
+    assert 'Teacher cache: 1 epochs, 32 images' in caplog.text
     assert (folder / 'epoch-0000.logits').read_bytes() == (filled / 'epoch-0000.logits').read_bytes()
 
 
@@ -357,6 +406,74 @@ def test_filling_more_epochs_than_the_flags_schedule_is_refused(tmp_path, home, 
         cache_main(['fill', '--epochs-range', '1', '3', *arguments(home, images, 'ahead', *cache(tmp_path))])
     assert stopped.value.code == 2
     assert '--epochs-range 1 3: the flags schedule 2 epochs' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('epochs', [['1', '1'], ['1', '0'], ['-1', '1']], ids=' '.join)
+def test_filling_no_epoch_is_refused(tmp_path, home, images, capsys, epochs):
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['fill', '--epochs-range', *epochs, *arguments(home, images, 'ahead', *cache(tmp_path))])
+    assert stopped.value.code == 2
+    assert f'--epochs-range {" ".join(epochs)}: holds no epoch' in capsys.readouterr().err
+
+
+def test_filling_ahead_stores_what_a_run_stores_under_amp_and_each_distinct_epoch_once(
+        tmp_path, home, images, run, caplog,
+):
+    flags = '--amp --amp-dtype bfloat16 --teacher-dtype amp --teacher-cache-epochs 1'.split()
+    run(*cache(tmp_path / 'run'), *flags)
+    cache_main(['fill', *arguments(home, images, 'ahead', *cache(tmp_path / 'fill'), *flags)])
+    assert 'Teacher cache: 1 epochs, 48 images' in caplog.text
+    stored = [sorted((tmp_path / name).glob('epoch-*')) for name in ('run', 'fill')]
+    assert [[path.read_bytes() for path in paths] for paths in stored[:1]] == [
+        [path.read_bytes() for path in stored[1]]]
+
+
+def test_a_fill_ends_with_the_room_on_its_disk(tmp_path, home, images, capsys):
+    resource = pytest.importorskip('resource')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = arguments(home, images, 'ahead', *cache(tmp_path / 'cache'), '--no-teacher-eval')
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 40 * 20, limits[1]))  # what a full disk looks like to a writer
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cache_main(['fill', *flags])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stopped.value.code == 2 and 'the disk is full' in capsys.readouterr().err
+
+
+def test_info_shows_teacher_rows_disk_and_key(filled, home, digits_teacher, capsys):
+    parameters = sum(value.numel() for value in timm.create_model('test_resnet', num_classes=10).parameters())
+    cache_main(['info', str(filled)])
+    lines = capsys.readouterr().out.splitlines()
+    metrics = yaml.safe_load(str(np.load(next(filled.glob('validation-*.npz')))['metrics']))[0]
+    sizes = [512 * os.stat(filled / f'epoch-000{epoch}.logits').st_blocks for epoch in range(2)]
+    assert lines[:-1] == [
+        f'{filled}: teacher logits',
+        f'teacher   local-dir:{home / "teacher"} (test_resnet, {parameters} parameters)',
+        f'          top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % in validation',
+        f'rows      {NUM_SAMPLES} an epoch, by sample, 10 classes as float32',
+        *(f'epoch-000{epoch}.logits  48 rows (80.0 %), {size / 1e6:.2f} MB' for epoch, size in enumerate(sizes)),
+        f'in all    {sum(sizes) / 1e6:.2f} MB on disk',
+    ]
+    key = json.loads(lines[-1].removeprefix('key'))
+    assert key['seed'] == 5 and key['images']['input_size'] == [3, 32, 32] and 'rows' not in key
+
+
+def test_info_names_how_many_logits_are_kept_and_takes_no_flags(tmp_path, home, images, capsys):
+    cache_main(['fill', *arguments(home, images, 'k', *cache(tmp_path, '--teacher-cache-topk', '1'), '--epochs', '1')])
+    capsys.readouterr()
+    cache_main(['info', str(tmp_path)])
+    assert '10 classes as float32, the 1 largest' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['info', str(tmp_path), '--seed', '5'])
+    assert stopped.value.code == 2 and '--seed 5: info takes a folder' in capsys.readouterr().err
+
+
+def test_a_members_file_that_was_deleted_is_written_again(filled, run, teacher, tmp_path):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    (folder / 'members.json').unlink()
+    run(*cache(folder))
+    assert (folder / 'members.json').read_bytes() == (filled / 'members.json').read_bytes()
 
 
 def test_verify_throws_nothing_away(tmp_path, home, images, capsys):
@@ -395,6 +512,64 @@ def test_verify_finds_rows_that_the_teacher_does_not_say(filled, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         cache_main(['verify', str(folder)])
     assert stopped.value.code == 1
+
+
+@pytest.mark.parametrize('factor, holds', [(1.01, True), (1.05, False)])
+def test_verify_allows_a_difference_of_two_percent(filled, tmp_path, caplog, factor, holds):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    file = EpochFile(folder / 'epoch-0001.logits', NUM_SAMPLES, 40, writable=True)
+    rows, data = np.flatnonzero(file.checksums), np.zeros((NUM_SAMPLES, 40), np.uint8)
+    file.read(np.arange(NUM_SAMPLES), data)
+    file.write(rows, (data.view(np.float32) * np.float32(factor)).view(np.uint8)[rows])
+    file.close()
+    if holds:
+        cache_main(['verify', str(folder), '--batches', '3'])
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            cache_main(['verify', str(folder), '--batches', '3'])
+        assert stopped.value.code == 1
+    assert 'epoch 1: 0 damaged rows; 3 of 3 batches computed again' in caplog.text
+
+
+def test_verify_finds_a_class_that_the_teacher_does_not_mask(filled, tmp_path):
+    folder = shutil.copytree(filled, tmp_path / 'cache')
+    file = EpochFile(folder / 'epoch-0001.logits', NUM_SAMPLES, 40, writable=True)
+    rows, data = np.flatnonzero(file.checksums), np.zeros((NUM_SAMPLES, 40), np.uint8)
+    file.read(np.arange(NUM_SAMPLES), data)
+    data.view(np.float32)[:, 3] = -np.inf
+    file.write(rows, data[rows])
+    file.close()
+    with pytest.raises(SystemExit) as stopped:
+        cache_main(['verify', str(folder)])
+    assert stopped.value.code == 1
+
+
+@pytest.mark.parametrize('flags', [
+    '--mixup 0.4 --cutmix 1 --mixup-prob 0.9 --mixup-switch-prob 0.4 --mixup-mode elem --mixup-off-epoch 1 '
+    '--teacher-cache-topk 3 --teacher-img-size 40 --aa rand-m5 --reprob 0.4 --remode pixel --recount 2 --no-prefetcher',
+    '--cutmix-minmax 0.2 0.8 --teacher-dtype amp --amp --amp-dtype bfloat16',
+    '--hflip 0.3 --vflip 0.1 --scale 0.5 1 --ratio 0.8 1.2 --color-jitter 0.2 --color-jitter-prob 0.5 '
+    '--grayscale-prob 0.1 --gaussian-blur-prob 0.1 --train-interpolation bilinear --train-crop-mode rkrc --resplit '
+    '--mean 0.4 0.4 0.4 --std 0.3 0.3 0.3 --reprob 0.4 --teacher-class-map map.txt --teacher-class-map-missing mask',
+    '--no-aug --model-dtype bfloat16 --channels-last --interpolation nearest --crop-pct 0.9 '
+    '--input-img-mode YCbCr --class-map classes.txt',
+], ids=['mixed', 'precision', 'augmented', 'plain'])
+def test_verify_shows_the_teacher_what_the_fill_showed_it_from_any_folder(
+        tmp_path, home, images, teacher, monkeypatch, flags,
+):
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'else').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    Path('digits').symlink_to(images)
+    Path('teacher').symlink_to(teacher)
+    Path('map.txt').write_text('\n'.join(map(str, [*range(9), -1])))
+    Path('classes.txt').write_text('\n'.join(map(str, range(10))))
+    argv = ['--data-dir', 'digits', *arguments(home, images, 'filled', '--epochs', '1', '--teacher', 'teacher')[1:]]
+    place = argv.index(f'local-dir:{teacher}')
+    del argv[place - 1:place + 1]
+    cache_main(['fill', *argv, *cache(tmp_path / 'cache'), *flags.split()])
+    monkeypatch.chdir(tmp_path / 'else')
+    cache_main(['verify', str(tmp_path / 'cache'), '--batches', '3'])
 
 
 def test_verify_runs_nothing_that_the_flags_in_the_folder_name(filled, tmp_path, monkeypatch):
