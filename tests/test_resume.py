@@ -176,6 +176,42 @@ def test_checkpoint_of_another_run_in_the_folder_is_passed_over(timm_draws):
     timm_draws.assert_same('whole', 'reused')
 
 
+def test_run_that_goes_on_from_another_folder_reports_its_own_epochs_alone(train):
+    train('--epochs 2 --stop-epoch 1', 'first')
+    second = train('--epochs 1', 'second')
+    run_id = second.record['run_id']
+    forked = train(f'--epochs 2 --resume {second.folder.parent / "first" / "last.pth.tar"}', 'second')
+    assert [row['epoch'] for row in forked.rows] == [1]
+    assert [result['epoch'] for result in forked.result['all']] == [1]
+    assert [epoch['epoch'] for epoch in forked.record['timing']] == [1]
+    assert forked.record['best'] == {'epoch': 1, 'metric': forked.rows[0]['eval_top1']}
+    assert forked.record['run_id'] != run_id
+    assert forked.checkpoint()['saver']['checkpoint_files'] == []  # of either run: none was ranked before it
+
+
+def test_times_and_results_of_the_epochs_before_a_resume_stay(train):
+    train('--epochs 3 --stop-epoch 2')
+    resumed = train('--epochs 3 --resume auto')
+    assert [epoch['epoch'] for epoch in resumed.record['timing']] == [0, 1, 2]
+    assert [result['epoch'] for result in resumed.result['all']] == [0, 1, 2]
+    assert resumed.record['best']['metric'] == max(row['eval_top1'] for row in resumed.rows)
+
+
+@pytest.mark.parametrize('flag, steps', [('', 10), ('--no-resume-opt', 5)])
+def test_optimizer_starts_anew_where_the_flag_says(train, flag, steps):
+    train('--epochs 2 --stop-epoch 1')
+    state = train(f'--epochs 2 --resume auto {flag}').checkpoint()['optimizer']['state']
+    assert {int(each['step']) for each in state.values()} == {steps}  # 160 images are 5 steps
+
+
+def test_resumed_bfloat16_ema_is_rounded_as_in_the_whole_run(train):
+    flags = '--epochs 2 --model-dtype bfloat16 --model-ema --model-ema-decay 0.9'
+    whole = train(flags, 'whole').checkpoint()['state_dict_ema']
+    train(f'{flags} --stop-epoch 1', 'stopped')
+    resumed = train(f'{flags} --resume auto', 'stopped').checkpoint()['state_dict_ema']
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize('mode', [WITHOUT_REPLAY, WITH_REPLAY], ids=['workers-0', 'workers-2-replayable'])
 def test_runs_killed_at_random_moments_end_as_the_whole_one(digits, tmp_path, capsys, mode):
