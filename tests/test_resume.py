@@ -204,6 +204,14 @@ def test_optimizer_starts_anew_where_the_flag_says(train, flag, steps):
     assert {int(each['step']) for each in state.values()} == {steps}  # 160 images are 5 steps
 
 
+def test_epoch_that_goes_on_with_another_batch_size_starts_at_a_whole_update(train):
+    flags = '--replayable-data --grad-accum-steps 2 --recovery-interval 2'
+    first = train(flags, 'first')
+    recovery = first.folder / 'recovery-0-1.pth.tar'  # 4 of 5 batches, of which 3 of 4 would be as many
+    forked = train(f'{flags} --batch-size 40 --resume {recovery}', 'second')
+    assert [epoch['images'] for epoch in forked.record['timing']] == [80]
+
+
 def test_resumed_bfloat16_ema_is_rounded_as_in_the_whole_run(train):
     flags = '--epochs 2 --model-dtype bfloat16 --model-ema --model-ema-decay 0.9'
     whole = train(flags, 'whole').checkpoint()['state_dict_ema']
