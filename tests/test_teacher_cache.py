@@ -24,7 +24,7 @@ from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from timm_kd.teacher_cache.cached_teacher import HostCopies
 from timm_kd.teacher_cache.epoch_file import DiskFull, EpochFile, epoch_file_size
-from timm_kd.teacher_cache.folder import epoch_files, read_rows
+from timm_kd.teacher_cache.folder import MEMBERS_FILE, epoch_files, read_members, read_rows, read_validation
 from timm_kd.teacher_cache.key import fingerprint_dataset, fingerprint_teacher, write_new
 
 NUM_CLASSES, PER_CLASS, SIZE = 10, 4, 32
@@ -758,3 +758,25 @@ def test_a_fill_whose_disk_fills_up_ends(tmp_path, image_folder, teacher):
             epoch_logits(loader, source, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize('members', [
+    'resnet34',
+    ['resnet34'],
+    [{'source': 'resnet34', 'model_name': 'resnet34'}],
+], ids=['a name', 'names', 'a member without its size'])
+def test_members_that_are_no_teachers_are_refused(tmp_path, members):
+    (tmp_path / MEMBERS_FILE).write_text(json.dumps({'members': members}))
+    with pytest.raises(UsageError, match='damaged'):
+        read_members(tmp_path)
+
+
+@pytest.mark.parametrize(('predictions', 'metrics', 'counts'), [
+    ([1, 2, 3], [{'top1': 50.0, 'top5': 90.0}], True),
+    ([[1, 2, 3]], [{'top1': 50.0, 'top5': 90.0}], False),
+    ([1, 2, 3], [{'top1': 50.0}], False),
+], ids=['whole', 'of another shape', 'without a metric'])
+def test_stored_validation_counts_where_it_is_whole(tmp_path, predictions, metrics, counts):
+    path = tmp_path / 'validation-0.npz'
+    np.savez(path, predictions=np.array(predictions), metrics=json.dumps(metrics))
+    assert bool(read_validation(path)) is counts
