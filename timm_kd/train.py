@@ -86,7 +86,6 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     lr_scheduler, num_epochs = create_scheduler(setup, optimizer, start.epoch)
     _log_schedule(args, num_epochs)
 
-    # The folder is made here, when nothing is wrong with the command line as far as can be known.
     eval_metric = args.eval_metric if setup.eval_loader is not None else 'loss'
     record = run_record(
         start.run_id,
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     )
     saver = summary = None
     if process.primary:
-        _make_folder(output_dir)
+        _make_folder(output_dir)  # only now: whatever can be refused was refused above, and leaves no folder
         _lock(output_dir, lock)
         saver = _create_saver(args, task, optimizer, loss_scaler, output_dir, eval_metric)
         if start.in_place:

@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the demo.
+    """Run the demo.
 
     Args:
         argv: Arguments without the program's name; those of the process when None.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(output: Path, losses: Sequence[str], seeds: Sequence[int], further: Sequence[str] = ()) -> None:
-    """Makes the data, trains teacher and students, and reports.
+    """Make the data, train teacher and students, and report.
 
     Args:
         output: Where all of it goes.
@@ -107,7 +107,7 @@ def _check_installation() -> None:
 
 
 def _clear(output: Path) -> None:
-    """Empties the folder of an earlier demo, and no other."""
+    """Empty the folder of an earlier demo, and no other."""
     marker = output / '.timm_kd_demo'
     if output.exists() and any(output.iterdir()) and not marker.exists():
         raise SystemExit(f'--output {output} holds something that no demo has made: name another folder')

@@ -8,7 +8,7 @@ SPLIT_SEED = 0
 
 
 def write_digits(folder: Path, train_images: int, few_images: int) -> dict[str, int]:
-    """Writes scikit-learn's digits as an ImageFolder of 32x32 PNGs, `<split>/<class>/<index>.png`.
+    """Write scikit-learn's digits as an ImageFolder of 32x32 PNGs, `<split>/<class>/<index>.png`.
 
     Args:
         folder: Where to write.

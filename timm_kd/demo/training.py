@@ -18,12 +18,12 @@ BASELINE = 'cross-entropy'
 
 
 def python() -> str:
-    """The interpreter, as one would type it."""
+    """Return the interpreter, as one would type it."""
     return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
 
 
 def command(output: Path, experiment: str, flags: Sequence[str]) -> list[str]:
-    """The command line of one training, as it can be repeated by hand."""
+    """Return the command line of one training, as it can be repeated by hand."""
     return [
         python(), '-m', 'timm_kd.train', str(output / 'digits'), '-c', CONFIG, *flags,
         '--output', str(output / 'train'), '--experiment', experiment,
@@ -31,17 +31,17 @@ def command(output: Path, experiment: str, flags: Sequence[str]) -> list[str]:
 
 
 def teacher_file(runs: Path) -> Path:
-    """The checkpoint that teaches: the last one, the best would be chosen by the validation images."""
+    """Return the checkpoint that teaches: the last one, the best would be chosen by the validation images."""
     return runs / 'teacher' / 'last.pth.tar'
 
 
 def teacher_flags() -> list[str]:
-    """The flags of the teacher beyond the recipe of the students."""
+    """Return the flags of the teacher beyond the recipe of the students."""
     return ['--model', TEACHER_MODEL, '--train-split', 'train', '--batch-size', '50', '--epochs', '12']
 
 
 def student_flags(output: Path, loss: str, seed: int) -> list[str]:
-    """The flags of a student beyond the recipe: its loss, and the teacher where the loss needs one."""
+    """Return the flags of a student beyond the recipe: its loss, and the teacher where the loss needs one."""
     flags = [] if loss == BASELINE else ['--kd-loss', loss]
     if loss != BASELINE and KD_LOSSES[loss].needs_teacher:
         flags += ['--teacher', str(teacher_file(output / 'train')), '--teacher-model', TEACHER_MODEL]
@@ -49,7 +49,7 @@ def student_flags(output: Path, loss: str, seed: int) -> list[str]:
 
 
 def train(commands: dict[str, list[str]], runs: Path) -> dict[str, float]:
-    """Runs trainings, each with one thread, as many at a time as there are cores, up to four.
+    """Run trainings, each with one thread, as many at a time as there are cores, up to four.
 
     Args:
         commands: Command line of each run by its name.
