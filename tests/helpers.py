@@ -180,6 +180,8 @@ def run_on_ranks(function: Callable, args: tuple, folder: Path, world_size: int 
 
 def _run(function: Callable, args: tuple, stdout: Path, stderr: Path, env: dict[str, str]) -> None:
     os.environ.update(env)
+    # The server read the variable when it imported torch, before this process had one of its own.
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
     # Workers as in a run from the command line; those of a fork server would outlive one that is killed.
     multiprocessing.set_start_method('fork', force=True)
     for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
