@@ -28,7 +28,6 @@ from .run.checkpoint import AtomicSaver
 from .run.record import Summary, read_record, read_timing, run_record, write_record
 from .run.resume import find_start, resume
 from .setup import (
-    count_epochs,
     create_loss_scaler,
     create_optimizer,
     create_scheduler,
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         args.resume, output_dir, process, replayable=args.replayable_data, start_epoch=args.start_epoch)
     if start.path is not None and args.sched == 'plateau':
         _logger.warning('--sched plateau: timm saves no state of it, so this is no exact continuation.')
-    teacher = open_teacher(setup, range(start.epoch, count_epochs(setup)))
+    teacher = open_teacher(setup, start.epoch)
     task = create_task(setup, teacher, optimizer)
     if start.path is not None:
         keep = not args.no_resume_opt

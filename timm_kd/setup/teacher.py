@@ -21,25 +21,28 @@ from ..teacher_cache.folder import KEY_FILE, precision_of, read_members, read_pr
 from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_files
 from .base import Setup
 from .data import augmentation_settings, image_mode
+from .training import count_epochs
 
 _logger = logging.getLogger(__name__)
 
 _PATHS = 'data', 'data_dir', 'class_map', 'teacher', 'teacher_class_map', 'pretrained_path', 'initial_checkpoint'
 
 
-def open_teacher(setup: Setup, epochs: Sequence[int]) -> Teacher | TeacherEnsemble | CachedTeacher | None:
+def open_teacher(setup: Setup, start_epoch: int) -> Teacher | TeacherEnsemble | CachedTeacher | None:
     """Load the teacher that the flags name, if they do, or open its stored logits (`--teacher-cache`).
 
     Args:
         setup: The set-up.
-        epochs: Epochs that the run will train.
+        start_epoch: The first epoch that the run will train.
 
     Raises:
         UsageError: If the teacher cannot be had, or its stored logits do not fit the run.
     """
     if setup.kd is None or setup.kd.teacher is None:
         return None
-    return open_cached_teacher(setup, epochs) if setup.args.teacher_cache else _create_teacher(setup)
+    if not setup.args.teacher_cache:
+        return _create_teacher(setup)
+    return open_cached_teacher(setup, range(start_epoch, count_epochs(setup)))
 
 
 def _create_teacher(setup: Setup) -> Teacher | TeacherEnsemble:

@@ -10,7 +10,7 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
 
-from ..cli.messages import as_given
+from ..cli.messages import as_given, task_loss_flags
 from ..errors import UsageError, shortened
 from ..loop import LoopSettings
 from ..losses import create_kd_loss
@@ -53,7 +53,7 @@ def create_loss_scaler(setup: Setup) -> NativeScaler | None:
 def create_task(setup: Setup, teacher: nn.Module | None, optimizer: torch.optim.Optimizer) -> TrainingTask:
     """Make timm's classification task, or `KDTask`, on the criterion that timm's script would use, with its EMA."""
     args = setup.args
-    loss_type = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce')
+    loss_type = next(iter(task_loss_flags(args).values()), 'ce')
     criterion = create_classification_loss(
         loss_type,
         smoothing=args.smoothing,
