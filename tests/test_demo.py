@@ -70,7 +70,7 @@ def test_students_differ_from_the_recipe_in_loss_and_teacher_alone(data, tmp_pat
 def run_of(*top1: float) -> Run:
     """A run whose validation top-1 was these after its epochs."""
     rows = [{'epoch': epoch, 'eval_top1': value, 'eval_loss': 1.0} for epoch, value in enumerate(top1)]
-    return Run(Path(), {}, rows, {}, alive=False)
+    return Run(Path(), {}, rows, {})
 
 
 def test_table_has_mean_and_standard_deviation_of_the_last_epoch():

@@ -14,7 +14,7 @@ from PIL import Image
 from timm_kd.files import FolderLock
 from timm_kd.report.__main__ import main
 from timm_kd.report.groups import group_runs, tabulate
-from timm_kd.report.runs import find_runs
+from timm_kd.report.runs import find_runs, read_run
 
 COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'eval_agreement']
 
@@ -117,6 +117,21 @@ def report_of_a_locked_run(folder: Path) -> None:
 def test_run_that_a_process_trains_is_in_progress(tmp_path):
     write_run(tmp_path / 'now', [50.0], epochs=3)
     run = Process(report_of_a_locked_run, (tmp_path / 'now',), tmp_path / 'printed')
+    assert run.wait(60) == 0, run.stderr
+    assert '1 of 3, in progress' in run.stdout
+
+
+def read_of_the_own_run(folder: Path) -> None:
+    # What the push at a run's end does: the run still has its folder's lock.
+    with FolderLock() as lock:
+        assert lock.acquire(folder)
+        read_run(folder)
+        subprocess.run([sys.executable, '-m', 'timm_kd.report', str(folder)], check=True)
+
+
+def test_reading_its_own_folder_leaves_a_run_its_lock(tmp_path):
+    write_run(tmp_path / 'now', [50.0], epochs=3)
+    run = Process(read_of_the_own_run, (tmp_path / 'now',), tmp_path / 'printed')
     assert run.wait(60) == 0, run.stderr
     assert '1 of 3, in progress' in run.stdout
 

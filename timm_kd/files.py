@@ -10,10 +10,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-
 from .errors import UNSAFE, UsageError, shortened
 
 try:
@@ -23,6 +19,8 @@ except ImportError:  # Windows
 
 
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+_LOCK_FILE = 'run.lock'
+_HELD = errno.EACCES, errno.EAGAIN  # what POSIX lets a system say of a lock that another process has
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -72,7 +70,7 @@ class FolderLock:
         """
         if self._file is not None or fcntl is None:
             return True
-        self._path = Path(folder, 'run.lock')
+        self._path = Path(folder, _LOCK_FILE)
         deadline = time.monotonic() + self._patience
         while True:
             file = open(self._path, 'a')
@@ -80,7 +78,7 @@ class FolderLock:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.close()
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                if error.errno not in _HELD:
                     return True
                 if time.monotonic() > deadline:
                     return False
@@ -91,6 +89,25 @@ class FolderLock:
                 self._file = file
                 return True
             file.close()
+
+    @staticmethod
+    def is_held(folder: str | Path) -> bool:
+        """Tell whether another process has the lock of a folder.
+
+        Not for the process that has it: closing any of its files on the lock, as is done here, gives the lock up.
+        """
+        if fcntl is None:
+            return False
+        try:
+            file = open(Path(folder, _LOCK_FILE))
+        except OSError:  # no process has made it, or this one may not see it
+            return False
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.errno in _HELD
+        return False
 
 
 def open_regular(path: str | Path, flags: int) -> int:
@@ -135,6 +152,9 @@ def load_file(path: str | Path, name: str, mmap: bool = False) -> Any:
     Raises:
         UsageError: If the file is missing, truncated, no checkpoint, or would run code when loaded.
     """
+    import safetensors.torch  # here, so that the report, which needs a folder's lock alone, starts without torch
+    import torch
+
     try:
         if Path(path).suffix == '.safetensors':
             return safetensors.torch.load_file(path)
@@ -152,7 +172,7 @@ def load_file(path: str | Path, name: str, mmap: bool = False) -> Any:
                 'refused. Save the state_dict() of the model alone, best as .safetensors'
             ) from error
         raise UsageError(f'{name} is not a checkpoint: it is no PyTorch file') from error
-    except (SafetensorError, EOFError, OSError, RuntimeError, ValueError) as error:
+    except (safetensors.SafetensorError, EOFError, OSError, RuntimeError, ValueError) as error:
         if 'weights_only' in str(error):  # a TorchScript archive, or a file of torch before 0.1.10
             raise UsageError(f'{name}: {UNSAFE}.') from error
         raise UsageError(

@@ -3,7 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import ExitCode, UsageError
 from .curves import draw_curves, save_png, to_svg
 from .groups import group_runs, tabulate
 from .runs import find_runs
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         problems = [str(error)]
     for problem in problems:
         print(f'timm_kd.report: error: {problem}', file=sys.stderr)
-    return 2 if problems else 0
+    return ExitCode.USAGE if problems else ExitCode.DONE
 
 
 def _report(options: argparse.Namespace) -> list[str]:

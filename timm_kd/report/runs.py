@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
+from ..files import FolderLock
 
 _MARKS = 'summary.csv', 'args.yaml', 'run.json'
 _Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)  # the one in C reads a hundred files of flags in a second
@@ -22,13 +23,11 @@ class Run:
         args: Every flag by its dest name (args.yaml); empty for a run that ended before it wrote them.
         rows: One dict an epoch (summary.csv), without the columns that are blank.
         record: run.json; empty for a run of timm's script.
-        alive: Whether a process is training in the folder now.
     """
     folder: Path
     args: dict[str, Any]
     rows: list[dict[str, float]]
     record: dict[str, Any]
-    alive: bool
 
     @property
     def epochs_done(self) -> int:
@@ -50,7 +49,7 @@ class Run:
         """`done`, `in progress`, `stopped`, or `empty` for a run without an epoch."""
         if self.epochs_planned is not None and self.epochs_done >= self.epochs_planned:
             return 'done'
-        if self.alive:
+        if FolderLock.is_held(self.folder):
             return 'in progress'
         return 'stopped' if self.rows else 'empty'
 
@@ -113,26 +112,11 @@ def read_run(folder: Path) -> Run:
         args=_read(folder / 'args.yaml', lambda text: yaml.load(text, _Loader), dict),
         rows=_read(folder / 'summary.csv', _read_rows, list),
         record=_read(folder / 'run.json', json.loads, dict),
-        alive=_is_training(folder),
     )
 
 
 def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in _MARKS)
-
-
-def _is_training(folder: Path) -> bool:
-    """Tell whether a process holds the lock that a run has on its folder (`timm_kd.files.FolderLock`)."""
-    try:
-        import fcntl
-
-        with open(folder / 'run.lock') as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (OSError, ImportError):  # no such file: nobody trains here; no locks: nobody can tell
-        return False
-    return False
 
 
 def _children(path: Path) -> list[Path]:
