@@ -269,11 +269,16 @@ def _open_split(
     return NamedImages(dataset) if type(dataset) is ImageDataset else dataset
 
 
+def find_class_map(path: str, root: str, train_split: str) -> str:
+    """Return where a class map is: as given, in the data folder or in the training folder; as given if nowhere."""
+    places = path, os.path.join(root, path), os.path.join(root, train_split, path)
+    return next(filter(os.path.isfile, places), path)
+
+
 def _read_class_map(path: str, root: str, train_split: str) -> dict[str, int]:
     """Read a class map as timm does, once for both splits."""
-    places = [path, os.path.join(root, path), os.path.join(root, train_split, path)]
     try:
-        numbers = load_class_map(next(filter(os.path.isfile, places), path))
+        numbers = load_class_map(find_class_map(path, root, train_split))
         numbers.pop('', None)  # an empty line of a text file
         wrong = [value for value in numbers.values() if type(value) is not int or value < 0]
         if wrong or not numbers:

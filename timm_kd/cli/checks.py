@@ -17,6 +17,7 @@ from timm.data import create_transform
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from ..data import find_class_map
 from ..errors import UsageError, nearest
 from ..losses import KD_LOSSES, create_kd_loss
 from .kd_flags import KDSettings, knob_dests, named_teachers, resolve_kd
@@ -134,15 +135,12 @@ def _kind_of_dataset(args: argparse.Namespace) -> str:
 
 
 def _files(args: argparse.Namespace) -> Iterator[str]:
-    data_dir = args.data_dir or args.data or ''
-    class_maps = (os.path.join(data_dir, args.class_map), os.path.join(data_dir, args.train_split, args.class_map))
-    files = {dest: getattr(args, dest) for dest in ('initial_checkpoint', 'pretrained_path', 'resume', 'class_map')}
+    files = {dest: getattr(args, dest) for dest in ('initial_checkpoint', 'pretrained_path', 'resume')}
+    files['class_map'] = find_class_map(args.class_map, args.data_dir or args.data or '', args.train_split)
     if args.resume == 'auto':
         del files['resume']
         if not args.experiment:
             yield '--resume auto needs --experiment NAME: the name of the run to go on with.'
-    if any(map(os.path.isfile, class_maps)):
-        del files['class_map']
     for dest, path in files.items():
         if path and not os.path.isfile(path):
             yield f'{as_given(dest, path)}: {"a folder, not a file" if os.path.isdir(path) else "no such file"}.'

@@ -4,6 +4,8 @@ import dataclasses
 from fractions import Fraction
 
 from ..losses import KD_LOSSES
+from ..teacher.classmap import NAMED_MAPS
+from ..teacher.fast import TEACHER_DTYPES
 from .parser import Flag, count, flag, kwargs_flag, not_negative, number, switch, whole
 
 
@@ -27,7 +29,7 @@ def kd_flags() -> dict[str, list[Flag]]:
                 help='input size of the teacher in pixels (the student\'s when unset)',
             ),
             flag(
-                '--teacher-dtype', default='auto', choices=('auto', 'amp', 'float32', 'bfloat16', 'float16'),
+                '--teacher-dtype', default='auto', choices=TEACHER_DTYPES,
                 help='precision of the teacher; auto: bfloat16 where it is fast; amp: inside the autocast of the '
                      'student',
             ),
@@ -38,8 +40,7 @@ def kd_flags() -> dict[str, list[Flag]]:
             switch('--teacher-ema', help='take the moving average weights out of a checkpoint that has them'),
             flag(
                 '--teacher-class-map', metavar='FILE',
-                help='file with the teacher\'s index of each student class, or imagenet12k, imagenet21k, imagenet22k, '
-                     'imagenet22k_ms',
+                help=f'file with the teacher\'s index of each student class, or {", ".join(NAMED_MAPS)}',
             ),
             flag(
                 '--teacher-class-map-missing', default='error', choices=('error', 'mask'),
