@@ -32,7 +32,8 @@ GRID = {
 # For every loss: the share of the epochs over which it is faded in, and its weight beside the task's.
 WARM_UPS, WEIGHTS = (0, 1 / 3), (0.5, 2.0)
 STUDENT = (
-    '--img-size 64 --opt adamw --lr 2e-3 --weight-decay 0.05 --warmup-epochs 1 --smoothing 0 --color-jitter 0 -b 64'
+    '--img-size 64 --opt adamw --lr 2e-3 --weight-decay 0.05 --warmup-epochs 1 --smoothing 0 --color-jitter 0 -b 64 '
+    '--channels-last'
 )
 
 
