@@ -9,7 +9,7 @@ LAYERS = [
     {'losses', 'teacher', 'replay'},
     {'teacher_cache'},
     {'data', 'task', 'meters', 'engine'},
-    {'cli', 'run', 'logs', 'hub', 'report'},
+    {'cli', 'run', 'hub', 'report'},
     {'setup', 'loop'},
     {'train', 'fill', 'demo'},
 ]

@@ -17,7 +17,7 @@ from timm.utils import CheckpointSaver
 from timm_kd.cli import parse_args
 from timm_kd.losses import KD_LOSSES
 from timm_kd.process import Process
-from timm_kd.setup.data import eval_loader_kwargs
+from timm_kd.setup.data import loading_kwargs
 
 TIMM_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
 COMPONENTS = {
@@ -99,7 +99,7 @@ def test_option_that_is_not_about_the_loss_leaves_it_as_it_was(options, toleranc
 def test_batches_for_a_gpu_come_from_pinned_memory(flags, device, pinned, digits):
     args, _ = parse_args([str(digits), '--model', 'test_resnet', *flags.split()])
     config = {name: None for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
-    assert eval_loader_kwargs(args, config, Process(torch.device(device)), None)['pin_memory'] is pinned
+    assert loading_kwargs(args, config, Process(torch.device(device)), None)['pin_memory'] is pinned
 
 
 def test_model_dtype_is_that_of_the_saved_weights(train):

@@ -4,23 +4,23 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, distribute_bn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
-from .data import TrainData
-from .engine import Progress, StepSettings, train_one_epoch, validate
-from .logs import RunLog
+from .engine import Progress, train_one_epoch, validate
 from .meters import AgreementEvaluator, NonFiniteLoss, SkippedSteps, StepTotals
-from .process import AgreedStop, Process, print_out
+from .process import AgreedStop, print_out
 from .run.checkpoint import AtomicSaver
+from .run.log import RunLog
 from .run.record import Summary
 from .run.resume import (
+    StartPoint,
     ema_random_state,
     gather_rank_states,
     rank_state,
@@ -28,6 +28,7 @@ from .run.resume import (
     restored_totals,
     set_ema_random_state,
 )
+from .setup import Setup
 from .task import KDTask
 
 _logger = logging.getLogger('train')
@@ -36,60 +37,41 @@ SKIPPED_STEPS_ALLOWED = 10
 
 
 @dataclass
-class LoopSettings:
-    """What the epochs of a run are like; the flags of the same names."""
-    num_epochs: int
-    start_epoch: int = 0
-    val_interval: int = 1
-    recovery_interval: int = 0
-    save_epochs: tuple[int, ...] = ()
-    eval_metric: str = 'top1'
-    eval_ema: bool = True
-    dist_bn: str = ''
-    tta: int = 0
-
-
-@dataclass
 class Loop:
     """A run in progress.
 
     Args:
+        setup: The set-up: data, how a batch becomes an update, and the flags of the epochs.
+        start: Where the run starts.
         task: The task, wrapped for its ranks.
         optimizer: Its optimizer.
-        data: The training side of the data.
-        eval_loader: Validation loader, or None.
-        steps: How a batch becomes an update.
-        settings: What the epochs are like.
-        process: The process that trains.
+        epochs: The epochs to train.
         log: Where reports go.
-        run_id: Names the run in its checkpoints.
         loss_scaler: timm's, under float16 AMP.
         lr_scheduler: timm's, or None.
         saver: On the primary rank.
         summary: On the primary rank.
         teacher_predictions: The teacher's classes on the validation set, `[N]`.
-        history: Results of the epochs that are done.
-        on_epoch: Called after each epoch with its number, its seconds, those of its training, and how many images of
-            all processes it trained on.
+        on_epoch: Called after each epoch with its `epoch`, its `seconds`, those of its training (`train_seconds`) and
+            the number of `images` that all processes trained on.
     """
+    setup: Setup
+    start: StartPoint
     task: TrainingTask
     optimizer: torch.optim.Optimizer
-    data: TrainData
-    eval_loader: DataLoader | None
-    steps: StepSettings
-    settings: LoopSettings
-    process: Process
+    epochs: range
     log: RunLog
-    run_id: str
     loss_scaler: NativeScaler | None = None
     lr_scheduler: Scheduler | None = None
     saver: AtomicSaver | None = None
     summary: Summary | None = None
     teacher_predictions: torch.Tensor | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    on_epoch: Callable[[int, float, float, int], None] = lambda epoch, seconds, train_seconds, images: None
+    on_epoch: Callable[[dict[str, float]], None] = lambda timing: None
 
     def __post_init__(self):
+        self.args, self.data, self.eval_loader = self.setup.args, self.setup.data, self.setup.eval_loader
+        self.steps, self.process = self.setup.steps, self.setup.process
+        self.history = self.start.history
         self.first_batch = 0
         self.totals = StepTotals(self.steps.device)
         self.images = 0
@@ -98,21 +80,17 @@ class Loop:
         self.skipped = SkippedSteps(self.optimizer) if self.loss_scaler is not None else None
         self._trained: dict[str, Any] = {}
 
-    def restore(self, state: dict[str, Any], same_epoch: bool) -> None:
-        """Take up the state that an exact resume needs beyond timm's.
-
-        Args:
-            state: The run state of the checkpoint that was resumed from; empty for one of timm's script.
-            same_epoch: The run continues inside the checkpoint's epoch.
-        """
+    def restore(self) -> None:
+        """Take up the state of the checkpoint that an exact resume needs beyond timm's."""
+        state = self.start.state
         set_ema_random_state(self.task, state.get('ema_random'))
         rank, world_size = self.process.rank, self.process.world_size
         restore_rank_state(self.task, state.get('ranks', []), rank, world_size)
-        if same_epoch:
+        if self.start.same_epoch:
             self.first_batch = self._place_in_epoch(state['batch'], state['batches'])
             self.totals.load_state_dict(restored_totals(state['ranks'], rank, world_size))
             if self.lr_scheduler is not None:  # `--sched-on-updates` has moved on inside the epoch
-                updates = self.settings.start_epoch * self._num_updates() + self._num_updates(self.first_batch)
+                updates = self.start.epoch * self._num_updates() + self._num_updates(self.first_batch)
                 self.lr_scheduler.step_update(num_updates=updates)
 
     def _place_in_epoch(self, batch: int, batches: int) -> int:
@@ -126,16 +104,20 @@ class Loop:
 
     def run(self) -> list[dict[str, Any]]:
         """Train to the last epoch, or until Ctrl-C, and return the results of all epochs that are done."""
-        settings = self.settings
         with self.stop, closing(self.log):
-            self.log.start((settings.num_epochs - settings.start_epoch) * self._num_updates())
+            self.log.start(len(self.epochs) * self._num_updates())
             try:
-                for epoch in range(settings.start_epoch, settings.num_epochs):
+                for epoch in self.epochs:
                     started = time.monotonic()
                     self._train_epoch(epoch)
                     trained = time.monotonic()
                     self._finish_epoch(epoch)
-                    self.on_epoch(epoch, time.monotonic() - started, trained - started, self.images)
+                    self.on_epoch({
+                        'epoch': epoch,
+                        'seconds': round(time.monotonic() - started, 3),
+                        'train_seconds': round(trained - started, 3),
+                        'images': self.images,
+                    })
             except KeyboardInterrupt:  # as timm's script, which goes on to its results
                 self.interrupted = True
                 _logger.warning('Interrupted: the results are those of the epochs so far.')
@@ -206,7 +188,7 @@ class Loop:
             )
 
     def _recovery_due(self, update_idx: int) -> bool:
-        interval = self.settings.recovery_interval
+        interval = self.args.recovery_interval
         return self.stop.agreed or bool(interval and (update_idx + 1) % interval == 0)
 
     def _save_recovery(self, epoch: int, batches: int, own: dict[str, Any]) -> None:
@@ -224,7 +206,7 @@ class Loop:
 
     def _run_state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            'run_id': self.run_id,
+            'run_id': self.start.run_id,
             'ranks': ranks,
             'ema_random': ema_random_state(self.task),
             'history': self.history,
@@ -232,21 +214,21 @@ class Loop:
 
     def _finish_epoch(self, epoch: int) -> None:
         """Validate, write the summary's row and save, in timm's order."""
-        settings = self.settings
+        save_epochs = self.args.save_epochs or ()
         train_metrics = self.totals.averages(self.process.world_size)
         completed, metric = epoch + 1, None
-        if completed % settings.val_interval and completed not in (settings.num_epochs, *settings.save_epochs):
+        if completed % self.args.val_interval and completed not in (self.epochs.stop, *save_epochs):
             _logger.info(f'Skipping eval for epoch: {epoch}')
         else:
             eval_metrics = self._validate(epoch) if self.eval_loader is not None else None
             self.history.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
             if self.summary is not None:
                 self.log.epoch(self.summary.append(epoch, train_metrics, eval_metrics, self._lr()))
-            metric = (eval_metrics or train_metrics)[settings.eval_metric]
+            metric = (eval_metrics or train_metrics)[self.setup.eval_metric]
         ranks = gather_rank_states(self._rank_state(), self.process)
         if self.saver is not None:
             self.saver.save_checkpoint(epoch, metric, self._run_state(ranks))
-            if completed in settings.save_epochs:
+            if completed in save_epochs:
                 self.saver.save_milestone(completed)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(completed, metric)
@@ -256,14 +238,14 @@ class Loop:
         return sum(rates) / len(rates)
 
     def _distribute_bn(self, model: torch.nn.Module) -> None:
-        if self.process.distributed and self.settings.dist_bn in ('broadcast', 'reduce'):
+        if self.process.distributed and self.args.dist_bn in ('broadcast', 'reduce'):
             _logger.info('Distributing BatchNorm running means and vars')
-            distribute_bn(model, self.process.world_size, self.settings.dist_bn == 'reduce')
+            distribute_bn(model, self.process.world_size, self.args.dist_bn == 'reduce')
 
     def _validate(self, epoch: int) -> dict[str, float]:
         """Return the metrics of the student, or of its EMA where there is one on the device."""
         metrics = self._validate_model(epoch, self.task.get_eval_model(), 'Test')
-        if self.task.has_ema() and self.settings.eval_ema:
+        if self.task.has_ema() and not self.args.model_ema_force_cpu:
             self._distribute_bn(self.task.get_trainable_module(ema=True))
             metrics = self._validate_model(epoch, self.task.get_eval_model(ema=True), 'Test (EMA)')
         return metrics
@@ -288,7 +270,7 @@ class Loop:
             self.eval_loader,
             evaluator,
             self.steps,
-            tta=self.settings.tta,
+            tta=self.args.tta,
             distributed=self.process.distributed,
             on_batch=on_batch,
         )

@@ -2,17 +2,17 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from contextlib import nullcontext
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import safe_model_name
 from timm.task import TrainingTask
-from timm.utils import NativeScaler
 from torch.utils.data import IterableDataset
 
 from .cli import parse_args
@@ -21,22 +21,23 @@ from .data import class_names
 from .errors import UsageError
 from .files import FolderLock, write_atomically
 from .hub import check_access, push_run
-from .logs import RunLog, setup_logging
 from .loop import Loop, print_results
 from .process import ending, setup_process
 from .run.checkpoint import AtomicSaver
-from .run.record import Summary, read_record, read_timing, run_record, write_record
-from .run.resume import find_start, resume
+from .run.log import RunLog, setup_logging
+from .run.record import Summary, write_record
+from .run.resume import StartPoint, find_start, resume
 from .setup import (
+    Setup,
     create_loss_scaler,
     create_optimizer,
     create_scheduler,
     create_task,
     evaluate_run_teacher,
-    loop_settings,
     open_teacher,
     set_up,
 )
+from .version import __version__
 
 _logger = logging.getLogger('train')
 
@@ -85,37 +86,29 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     lr_scheduler, num_epochs = create_scheduler(setup, optimizer, start.epoch)
     _log_schedule(args, num_epochs)
 
-    eval_metric = args.eval_metric if setup.eval_loader is not None else 'loss'
-    record = run_record(
-        start.run_id,
-        argv,
-        dict(
-            model=args.model,
-            parameters=sum(p.numel() for p in setup.student.parameters()),
-            num_classes=setup.student.num_classes,
-            data_config={**setup.data_config, 'input_size': list(setup.data_config['input_size'])},
-            class_names=class_names(setup.data.dataset),
-            pretrained_source=_pretrained_source(args),
-        ),
-        task,
-        setup.kd,
-        eval_metric,
-        num_epochs,
-        read_timing(output_dir, start.epoch) if process.primary and start.in_place else (),
-    )
+    record = _record(setup, start, task, argv, num_epochs)
     saver = summary = None
     if process.primary:
         _make_folder(output_dir)  # only now: whatever can be refused was refused above, and leaves no folder
         _lock(output_dir, lock)
-        saver = _create_saver(args, task, optimizer, loss_scaler, output_dir, eval_metric)
+        saver = AtomicSaver(
+            model=task.get_trainable_module(),
+            optimizer=optimizer,
+            args=args,
+            amp_scaler=loss_scaler,
+            checkpoint_dir=output_dir,
+            recovery_dir=output_dir,
+            decreasing=setup.eval_metric == 'loss',
+            max_history=args.checkpoint_hist,
+            task=task,
+        )
         if start.in_place:
             saver.continue_from(start.path)
         summary = Summary(Path(output_dir, 'summary.csv'), start.epoch if start.in_place else 0)
-    history = list(start.state.get('history', [])) if start.in_place else []
     if start.epoch >= num_epochs:
         _logger.info(f'All {num_epochs} epochs are done: nothing to train.')
         if process.primary:
-            _report(saver, history, read_record(output_dir) or record)
+            _report(saver, start.history, start.record or record)
         return
 
     if process.primary:
@@ -136,28 +129,30 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
             device_ids=None if process.device.type == 'cpu' else [process.device],
             **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}),
         )
+
+    def note_time(timing: dict[str, float]) -> None:
+        record['timing'].append(timing)
+        if process.primary:
+            write_record(output_dir, record)
+
     loop = Loop(
+        setup=setup,
+        start=start,
         task=task,
         optimizer=optimizer,
-        data=setup.data,
-        eval_loader=setup.eval_loader,
-        steps=setup.steps,
-        settings=loop_settings(setup, start.epoch, num_epochs, eval_metric),
-        process=process,
+        epochs=range(start.epoch, num_epochs),
         log=_create_log(args, output_dir, process.world_size),
-        run_id=start.run_id,
         loss_scaler=loss_scaler,
         lr_scheduler=lr_scheduler,
         saver=saver,
         summary=summary,
         teacher_predictions=teacher_predictions,
-        history=history,
-        on_epoch=partial(_record_epoch, record, output_dir),
+        on_epoch=note_time,
     )
     if args.start_epoch is None and not args.no_resume_opt:
-        loop.restore(start.state, start.same_epoch)
+        loop.restore()
     with teacher if args.teacher_cache else nullcontext():
-        loop.run()
+        history = loop.run()
     if process.primary:
         if saver.best_metric is not None:
             record['best'] = {'epoch': saver.best_epoch, 'metric': saver.best_metric}
@@ -210,40 +205,54 @@ def _lock(output_dir: str, lock: FolderLock) -> None:
         )
 
 
-def _create_saver(
-        args: argparse.Namespace,
+def _record(
+        setup: Setup,
+        start: StartPoint,
         task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler: NativeScaler | None,
-        output_dir: str,
-        eval_metric: str,
-) -> AtomicSaver:
-    return AtomicSaver(
-        model=task.get_trainable_module(),
-        optimizer=optimizer,
-        args=args,
-        amp_scaler=loss_scaler,
-        checkpoint_dir=output_dir,
-        recovery_dir=output_dir,
-        decreasing=eval_metric == 'loss',
-        max_history=args.checkpoint_hist,
-        task=task,
-    )
-
-
-def _record_epoch(
-        record: dict[str, Any],
-        output_dir: str | None,
-        epoch: int,
-        seconds: float,
-        train_seconds: float,
-        images: int,
-) -> None:
-    """Note the seconds of an epoch, those of its training alone, and how many images that was on."""
-    timing = {'epoch': epoch, 'seconds': round(seconds, 3), 'train_seconds': round(train_seconds, 3), 'images': images}
-    record['timing'].append(timing)
-    if output_dir is not None:
-        write_record(output_dir, record)
+        argv: list[str],
+        num_epochs: int,
+) -> dict[str, Any]:
+    """Return what run.json says when a run starts; `best` and the teachers' metrics are filled in later."""
+    args, student, kd = setup.args, setup.student, setup.kd
+    teacher = getattr(task, 'teacher', None)
+    return {
+        'run_id': start.run_id,
+        'timm_kd': __version__,
+        'timm': timm.__version__,
+        'torch': torch.__version__,
+        'command': shlex.join(['train-kd', *argv]),
+        'student': {
+            'model': args.model,
+            'parameters': sum(p.numel() for p in student.parameters()),
+            'num_classes': student.num_classes,
+            'data_config': {**setup.data_config, 'input_size': list(setup.data_config['input_size'])},
+            'class_names': class_names(setup.data.dataset),
+            # Where its first weights came from.
+            'pretrained_source':
+                args.initial_checkpoint or args.pretrained_path or (args.model if args.pretrained else None),
+        },
+        'teacher': None if teacher is None else [
+            {
+                'source': member.source,
+                'model': member.model_name,
+                'parameters': member.num_params,
+                'top1': None,
+                'top5': None,
+            }
+            for member in teacher.members
+        ],
+        'loss': None if kd is None else {
+            'name': kd.loss,
+            'parameters': {name: getattr(task.kd_loss, name) for name in task.kd_loss.hyper_parameters()},
+            'task_loss_weight': kd.task_loss_weight,
+            'distill_loss_weight': kd.distill_loss_weight,
+            'warmup_epochs': kd.warmup_epochs,
+        },
+        'eval_metric': setup.eval_metric,
+        'num_epochs': num_epochs,
+        'best': None,
+        'timing': start.timing,
+    }
 
 
 def _log_schedule(args: argparse.Namespace, num_epochs: int) -> None:
@@ -272,12 +281,6 @@ def _create_log(args: argparse.Namespace, output_dir: str | None, world_size: in
         tensorboard=args.log_tensorboard,
         wandb_options=wandb_options,
     )
-
-
-def _pretrained_source(args: argparse.Namespace) -> str | None:
-    if args.initial_checkpoint or args.pretrained_path:
-        return args.initial_checkpoint or args.pretrained_path
-    return args.model if args.pretrained else None
 
 
 def _report(saver: AtomicSaver, history: list[dict[str, Any]], record: dict[str, Any]) -> None:

@@ -2,20 +2,11 @@
 import csv
 import io
 import json
-import os
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-from torch import nn
-
-from ..cli import KDSettings
 from ..errors import UsageError
 from ..files import write_atomically
-from ..version import __version__
 
 TIMM_COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr')
 
@@ -36,72 +27,6 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or 'run_id' not in record:
         raise UsageError(f'--experiment: {path} is not of this script: remove it, or take another name.')
     return record
-
-
-def read_timing(folder: str | Path, before: int) -> list[dict[str, float]]:
-    """Return what the record of a folder says of the time that its epochs before a given one took."""
-    timing = (read_record(folder) or {}).get('timing', [])
-    return [epoch for epoch in timing if epoch['epoch'] < before]
-
-
-def run_record(
-        run_id: str,
-        argv: list[str],
-        student: dict[str, Any],
-        task: nn.Module,
-        kd: KDSettings | None,
-        eval_metric: str,
-        num_epochs: int,
-        timing: Sequence[dict[str, float]] = (),
-) -> dict[str, Any]:
-    """Return what run.json says when a run starts; `timing`, the teachers' metrics and `best` are filled in later.
-
-    Args:
-        run_id: The id that the run's checkpoints bear.
-        argv: The command line, without the program's name.
-        student: The entry of the student: `model` (the architecture), `parameters` (how many), `num_classes`,
-            `data_config` (timm's), `class_names` and `pretrained_source` (where its first weights came from), the last
-            two None where there are none.
-        task: The task, with the teacher and the loss where there are any.
-        kd: The distillation, or None.
-        eval_metric: The metric that ranks checkpoints.
-        num_epochs: The epochs that the run is started for.
-        timing: What the record says of the epochs that an interrupted run has done (`read_timing`).
-    """
-    teacher = getattr(task, 'teacher', None)
-    members = [
-        {
-            'source': member.source,
-            'model': member.model_name,
-            'parameters': member.num_params,
-            'top1': None,
-            'top5': None,
-        }
-        for member in (teacher.members if teacher is not None else ())
-    ]
-    loss = None
-    if kd is not None:
-        loss = {
-            'name': kd.loss,
-            'parameters': {name: getattr(task.kd_loss, name) for name in task.kd_loss.hyper_parameters()},
-            'task_loss_weight': kd.task_loss_weight,
-            'distill_loss_weight': kd.distill_loss_weight,
-            'warmup_epochs': kd.warmup_epochs,
-        }
-    return {
-        'run_id': run_id,
-        'timm_kd': __version__,
-        'timm': timm.__version__,
-        'torch': torch.__version__,
-        'command': shlex.join(['train-kd', *argv]),
-        'student': student,
-        'teacher': members or None,
-        'loss': loss,
-        'eval_metric': eval_metric,
-        'num_epochs': num_epochs,
-        'best': None,
-        'timing': list(timing),
-    }
 
 
 def write_record(folder: str | Path, record: dict[str, Any]) -> None:
@@ -125,7 +50,7 @@ class Summary:
             with open(self.path, newline='') as file:
                 self.rows = [row for row in csv.DictReader(file) if int(float(row['epoch'])) < start_epoch]
         elif self.path.exists():
-            os.remove(self.path)
+            self.path.unlink()
 
     def append(self, epoch: int, train: dict[str, float], eval: dict[str, float] | None, lr: float) -> dict:
         """Add an epoch and return its row, with the columns in the order of the file."""

@@ -35,6 +35,7 @@ class StartPoint:
         epoch: The first epoch to train.
         same_epoch: Whether the checkpoint stands inside that epoch.
         in_place: Whether the run goes on in the checkpoint's own folder.
+        record: What run.json said of the run so far; None for a run that starts.
     """
     run_id: str
     path: str | None = None
@@ -42,6 +43,17 @@ class StartPoint:
     epoch: int = 0
     same_epoch: bool = False
     in_place: bool = False
+    record: dict[str, Any] | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The results of the epochs that the run has done."""
+        return list(self.state.get('history', [])) if self.in_place else []
+
+    @property
+    def timing(self) -> list[dict[str, float]]:
+        """What the record says of the time that the epochs before the first one to train took."""
+        return [epoch for epoch in (self.record or {}).get('timing', []) if epoch['epoch'] < self.epoch]
 
 
 def find_start(
@@ -64,9 +76,9 @@ def find_start(
     Raises:
         UsageError: If the checkpoint cannot be read.
     """
-    run_id, path, in_place = process.gather(_locate(source, output_dir, replayable) if process.primary else None)[0]
+    place = process.gather(_locate(source, output_dir, replayable) if process.primary else None)[0]
     state, epoch, same_epoch = {}, 0, False
-    if path is not None:
+    if path := place['path']:
         checkpoint = read_checkpoint(path)
         state, epoch = run_state_of(checkpoint), next_epoch(checkpoint)
         if 'batch' in state and (replayable or state['epoch_trained']):
@@ -77,11 +89,11 @@ def find_start(
                 'its batches is unknown: as in timm, training goes on with the next epoch.')
     if start_epoch is not None:
         epoch, same_epoch = start_epoch, False
-    return StartPoint(run_id, path, state, epoch, same_epoch, in_place)
+    return StartPoint(state=state, epoch=epoch, same_epoch=same_epoch, **place)
 
 
-def _locate(source: str, output_dir: str, replayable: bool) -> tuple[str, str | None, bool]:
-    """Return the run's id, the checkpoint that it continues from, and whether that one lies in the run's own folder."""
+def _locate(source: str, output_dir: str, replayable: bool) -> dict[str, Any]:
+    """Return the fields of a `StartPoint` that follow from what lies in the run's folder."""
     record = read_record(output_dir)
     known_id = None if record is None else record['run_id']
     path = source or None
@@ -90,7 +102,8 @@ def _locate(source: str, output_dir: str, replayable: bool) -> tuple[str, str | 
         path = None if found is None else str(found)
         _logger.info(f'--resume auto: {"a fresh run" if path is None else f"going on from {path}"}.')
     in_place = path is not None and Path(path).resolve().parent == Path(output_dir).resolve()
-    return known_id if in_place and known_id else uuid.uuid4().hex, path, in_place
+    run_id = known_id if in_place and known_id else uuid.uuid4().hex
+    return {'run_id': run_id, 'path': path, 'in_place': in_place, 'record': record if in_place else None}
 
 
 def read_checkpoint(path: str | Path, flag: str = '--resume') -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The set-up that training and filling a teacher cache share: from the flags to student, images and target classes."""
 import argparse
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..cli import KDSettings, resolve_kd
-from ..data import DataConfig, TrainData, create_eval_loader
+from ..data import DataConfig, TrainData
 from ..engine import StepSettings
 from ..process import Process
-from .data import create_data, eval_loader_kwargs
+from .data import create_data
 from .student import create_student
 
 _logger = logging.getLogger('train')
@@ -36,6 +37,7 @@ class Setup:
         kd: The distillation, or None.
         data: The training side of the data.
         eval_loader: The validation loader, or None.
+        open_eval_loader: Opens another one, which takes nothing from the workers of `eval_loader`.
         steps: How a batch becomes an update.
     """
     args: argparse.Namespace
@@ -47,12 +49,13 @@ class Setup:
     kd: KDSettings | None
     data: TrainData
     eval_loader: DataLoader | None
+    open_eval_loader: Callable[..., DataLoader] | None
     steps: StepSettings
 
-    def another_eval_loader(self) -> DataLoader:
-        """Return a loader of the validation images that takes nothing from the workers of `eval_loader`."""
-        options = eval_loader_kwargs(self.args, self.data_config, self.process, self.dtype)
-        return create_eval_loader(self.eval_loader.dataset, **options, persistent_workers=False)
+    @property
+    def eval_metric(self) -> str:
+        """The metric that ranks checkpoints: that of `--eval-metric`, the training loss where nothing is validated."""
+        return self.args.eval_metric if self.eval_loader is not None else 'loss'
 
 
 def set_up(args: argparse.Namespace, args_text: str, process: Process, trains: bool = True) -> Setup:
@@ -79,7 +82,8 @@ def set_up(args: argparse.Namespace, args_text: str, process: Process, trains: b
         student, data_config, settled.num_classes = create_student(args, on_cpu, None)
     if process.distributed and args.sync_bn:
         settled.dist_bn = ''  # synchronised statistics need no further distribution
-    data, eval_loader = create_data(settled, data_config, process, dtype)
+    data, open_eval_loader = create_data(settled, data_config, process, dtype)
+    eval_loader = open_eval_loader() if open_eval_loader is not None else None
     amp_dtype = getattr(torch, args.amp_dtype)
     autocast = partial(torch.autocast, process.device.type, amp_dtype) if args.amp else nullcontext
     settled.lr = args.lr or _learning_rate(args, data.reference_batch_size, process.world_size)
@@ -93,6 +97,7 @@ def set_up(args: argparse.Namespace, args_text: str, process: Process, trains: b
         kd=resolve_kd(args),
         data=data,
         eval_loader=eval_loader,
+        open_eval_loader=open_eval_loader,
         steps=StepSettings(
             device=process.device,
             dtype=dtype,

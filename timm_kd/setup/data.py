@@ -1,5 +1,7 @@
 """args -> the data: what the flags are in the keywords of timm's data sets and loaders."""
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +18,12 @@ def create_data(
         data_config: DataConfig,
         process: Process,
         dtype: torch.dtype | None,
-) -> tuple[TrainData, DataLoader | None]:
-    """Create the training data and the validation loader, None without a validation split (`--val-split ''`).
+) -> tuple[TrainData, Callable[..., DataLoader] | None]:
+    """Create the data of both splits.
+
+    Returns:
+        The training data, and what opens a loader of the validation split (with further keywords of
+        `create_eval_loader`); None without that split (`--val-split ''`).
 
     Raises:
         UsageError: If the data cannot be found or does not fit the flags.
@@ -40,7 +46,8 @@ def create_data(
         target_key=args.target_key,
         trust_remote_code=args.dataset_trust_remote_code,
     )
-    data = create_train_data(train_set, **train_data_kwargs(args, data_config, process, dtype))
+    loading = loading_kwargs(args, data_config, process, dtype)
+    data = create_train_data(train_set, **loading, **_train_data_kwargs(args, data_config))
     if eval_set is None:
         return data, None
     if args.tta and not isinstance(eval_set, IterableDataset):
@@ -51,16 +58,21 @@ def create_data(
                 f'--tta {args.tta}: the {num_images} images of --val-split {args.val_split} are no multiple of it, '
                 'take another number or leave it out.'
             )
-    return data, create_eval_loader(eval_set, **eval_loader_kwargs(args, data_config, process, dtype))
+    if process.distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
+        loading['num_workers'] = min(2, args.workers)  # sharded readers: few workers keep the padding small
+    return data, partial(
+        create_eval_loader,
+        eval_set,
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        replayable=args.replayable_data,
+        **loading,
+    )
 
 
-def train_data_kwargs(
-        args: argparse.Namespace,
-        data_config: DataConfig,
-        process: Process,
-        dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Return the keywords of `create_train_data`."""
+def _train_data_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
+    """Return the keywords of `create_train_data` that are not those of `loading_kwargs`."""
     keywords = dict(
         batch_size=args.batch_size,
         use_multi_epochs_loader=args.use_multi_epochs_loader,
@@ -69,7 +81,6 @@ def train_data_kwargs(
         replay_epochs=args.teacher_cache_epochs,
         mixup_off_epoch=args.mixup_off_epoch,
         **augmentation_settings(args, data_config),
-        **_loading_kwargs(args, data_config, process, dtype),
     )
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
         keywords['mixup'] = dict(
@@ -94,25 +105,6 @@ def train_data_kwargs(
             batch_schedule_random_mix=args.train_size_random_mix,
             num_batches=args.train_batches_per_epoch,
         )
-    return keywords
-
-
-def eval_loader_kwargs(
-        args: argparse.Namespace,
-        data_config: DataConfig,
-        process: Process,
-        dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Return the keywords of `create_eval_loader`."""
-    keywords = dict(
-        batch_size=args.validation_batch_size or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        replayable=args.replayable_data,
-        **_loading_kwargs(args, data_config, process, dtype),
-    )
-    if process.distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
-        keywords['num_workers'] = min(2, args.workers)  # sharded readers: few workers keep the padding small
     return keywords
 
 
@@ -161,7 +153,7 @@ def image_mode(args: argparse.Namespace, channels: int) -> str:
     return mode
 
 
-def _loading_kwargs(
+def loading_kwargs(
         args: argparse.Namespace,
         data_config: DataConfig,
         process: Process,

@@ -77,7 +77,7 @@ def evaluate_run_teacher(setup: Setup, teacher: torch.nn.Module) -> tuple[list[d
 
     def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
         with preserved_random_state():
-            loader = setup.another_eval_loader()
+            loader = setup.open_eval_loader(persistent_workers=False)
             return evaluate_teacher(
                 teacher.members, loader, setup.steps, tta=args.tta, distributed=process.distributed,
             )

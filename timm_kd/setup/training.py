@@ -12,7 +12,6 @@ from torch import nn
 
 from ..cli.messages import as_given, task_loss_flags
 from ..errors import UsageError, shortened
-from ..loop import LoopSettings
 from ..losses import create_kd_loss
 from ..task import KDTask
 from .base import Setup
@@ -96,11 +95,10 @@ def create_scheduler(setup: Setup, optimizer: torch.optim.Optimizer, start_epoch
     """
     args = setup.args
     updates_per_epoch = -(-len(setup.data.loader) // setup.steps.grad_accum_steps)
-    decreasing = not args.val_split or args.eval_metric == 'loss'
     try:
         scheduler, num_epochs = create_scheduler_v2(
             optimizer,
-            **scheduler_kwargs(args, decreasing_metric=decreasing),
+            **scheduler_kwargs(args, decreasing_metric=setup.eval_metric == 'loss'),
             updates_per_epoch=updates_per_epoch,
         )
     except ValueError as error:  # wsd and rsqrt under --sched-on-updates: all else was refused with the flags
@@ -121,19 +119,3 @@ def create_scheduler(setup: Setup, optimizer: torch.optim.Optimizer, start_epoch
 def count_epochs(setup: Setup) -> int:
     """Return the number of epochs that the flags schedule; a throw-away optimizer stands in for that of the run."""
     return create_scheduler(setup, torch.optim.SGD([torch.zeros(1)], lr=1.0), start_epoch=0)[1]
-
-
-def loop_settings(setup: Setup, start_epoch: int, num_epochs: int, eval_metric: str) -> LoopSettings:
-    """Return the settings of the loop over the epochs."""
-    args = setup.args
-    return LoopSettings(
-        num_epochs=num_epochs,
-        start_epoch=start_epoch,
-        val_interval=args.val_interval,
-        recovery_interval=args.recovery_interval,
-        save_epochs=tuple(args.save_epochs or ()),
-        eval_metric=eval_metric,
-        eval_ema=not args.model_ema_force_cpu,
-        dist_bn=args.dist_bn,
-        tta=args.tta,
-    )

@@ -16,8 +16,8 @@ from ..cli.messages import in_flags
 from ..cli.parser import number
 from ..errors import ExitCode, UsageError
 from ..fill import fill, verify
-from ..logs import setup_logging
 from ..process import ending, print_out
+from ..run.log import setup_logging
 from .epoch_file import EpochFile
 from .folder import KEY_FILE, VALIDATION_FILES, epoch_files, format_bytes, read_members, read_rows, read_validation
 from .key import read_key

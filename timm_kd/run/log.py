@@ -14,8 +14,8 @@ from timm.utils import AverageMeter, setup_default_logging
 from tqdm import tqdm  # comes with huggingface_hub
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .engine import Progress
-from .meters import StepTotals
+from ..engine import Progress
+from ..meters import StepTotals
 
 _logger = logging.getLogger('train')
 
