@@ -1,4 +1,5 @@
 """The command line: timm's flags as timm has them, and what is refused before anything is built."""
+import inspect
 import json
 import re
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from timm.data import Mixup
+from timm.loss import create_classification_loss, resolve_class_weights
 from timm.utils import ParseKwargs
 
 from timm_kd.cli import build_parser, parse_args
@@ -67,6 +69,16 @@ def test_plain_command_line_gives_timm_defaults(tmp_path):
     for timm_flag in TIMM_FLAGS:
         expected = str(tmp_path) if timm_flag['dest'] == 'data' else timm_flag['default']
         assert args[timm_flag['dest']] == OTHER_DEFAULTS.get(timm_flag['dest'], expected)
+
+
+def test_flags_of_the_task_loss_default_to_what_timms_factory_does(tmp_path):
+    args = vars(parse(tmp_path))
+    factory = inspect.signature(create_classification_loss).parameters
+    flagged = [name for name in factory if name in args and name not in ('bce_target_thresh', 'bce_sum', 'smoothing')]
+    assert len(flagged) == 12 and all(args[name] == factory[name].default for name in flagged)
+    weights = inspect.signature(resolve_class_weights).parameters
+    for name, flag in {'power': 'power', 'beta': 'beta', 'max_weight': 'max'}.items():
+        assert args[f'loss_weight_{flag}'] == weights[name].default
 
 
 def test_groups_of_timm_keep_their_titles():

@@ -202,6 +202,13 @@ def test_what_describes_a_replaced_schedule_or_teacher_goes_with_it(parse, caplo
     assert all(dest in caplog.text for dest in dests)
 
 
+def test_parameters_of_a_replaced_task_loss_go_with_it(parse, caplog):
+    with caplog.at_level(logging.WARNING):
+        args = parse('{loss: poly, poly_epsilon: 1}', '--bce-loss')
+    assert (args.poly_epsilon, args.loss, args.bce_loss) == (2.0, None, True)
+    assert 'bce has none: the poly_epsilon of the config file is left out.' in caplog.text
+
+
 def test_architecture_of_the_file_stays_with_another_weights_file(parse):
     text = 'teacher: gone.pth\nteacher_model: resnet18\n'
     assert parse(text, '--teacher', __file__).teacher_model == 'resnet18'

@@ -11,7 +11,14 @@ import torch
 from timm import create_model
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
 from timm.layers import convert_splitbn_model
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import (
+    AsymmetricLossSingleLabel,
+    BinaryCrossEntropy,
+    JsdCrossEntropy,
+    LabelSmoothingCrossEntropy,
+    PolyCrossEntropy,
+    SoftTargetCrossEntropy,
+)
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationEvaluator
@@ -151,6 +158,16 @@ def train_reference(
             schedule=dict(num_epochs=6), layer_decay=0.5,
             criterion=BinaryCrossEntropy(0.1, target_threshold=0.2, sum_classes=True, pos_weight=2.0)),
         id='layer decay'),
+    pytest.param(
+        f'{MIXING_FLAGS} --loss poly --poly-epsilon -1',
+        dict(mixing=MIXING, criterion=PolyCrossEntropy(epsilon=-1.0)), id='poly'),
+    pytest.param(
+        '--loss asl --asl-gamma-pos 0.5 --asl-gamma-neg 2',
+        dict(criterion=AsymmetricLossSingleLabel(gamma_pos=0.5, gamma_neg=2.0, eps=0.1)), id='asl'),
+    pytest.param(
+        '--loss bce --loss-class-weight 1,2,3,4,5,6,7,8,9,10 --loss-pos-weight 3 --smoothing 0',
+        dict(criterion=BinaryCrossEntropy(
+            0.0, weight=torch.arange(1.0, 11.0), pos_weight=torch.tensor(3.0))), id='weighted bce'),
     pytest.param(
         '--opt lookahead_adamw --clip-grad 0.02 --clip-mode agc', dict(opt='lookahead_adamw', clip=(0.02, 'agc')),
         id='lookahead'),

@@ -1,6 +1,7 @@
 """Runs of the script on real digits: what they compute."""
 import argparse
 import functools
+import json
 import math
 import re
 import shutil
@@ -135,6 +136,42 @@ def test_loss_flag_names_the_task_loss_as_its_older_switch_does(train):
     named, switched, default = (train(f'{flag} {STILL}', f'loss {flag}') for flag in ('--loss bce', '--bce-loss', ''))
     assert named.rows == switched.rows
     assert named.rows[0]['train_loss'] < 1 < default.rows[0]['train_loss']  # ln 2 and ln 10 for an untrained model
+
+
+def test_weights_of_the_task_loss_are_made_of_class_stats(train, tmp_path):
+    counts = [1, 2, 4, 5, 8, 10, 16, 20, 40, 50]
+    stats, weights = tmp_path / 'stats.json', tmp_path / 'weights.txt'
+    stats.write_text(json.dumps({'pos_counts': counts, 'num_samples': 160}))
+    weights.write_text(' '.join(str(min(((160 - count) / count) ** 0.5, 6)) for count in counts))
+    named, listed, plain = (train(f'--loss bce {STILL} {flags}', name) for name, flags in (
+        ('named', f'--class-stats {stats} --loss-pos-weight neg_pos --loss-weight-power 0.5 --loss-weight-max 6'),
+        ('listed', f'--loss-pos-weight {weights}'),
+        ('plain', ''),
+    ))
+    assert named.rows == listed.rows
+    assert named.rows[0]['train_loss'] > 1.1 * plain.rows[0]['train_loss']
+
+
+@pytest.mark.parametrize('flags', ['--loss-class-weight 1,2,3', '--loss-pos-weight {file}'])
+def test_weights_of_other_classes_are_refused(flags, digits, tmp_path):
+    (tmp_path / 'weights.json').write_text('{"pos_weight": [1, 2, 3]}')
+    flags = flags.format(file=tmp_path / 'weights.json')
+    run = run_script(f'--loss bce {flags}', digits, tmp_path)
+    assert run.exit_code == 2 and f'{flags}: has 3 entries but the model has 10 classes' in run.error
+
+
+@pytest.mark.parametrize('loss, task_loss', [
+    *((loss, 'jsd') for loss in KD_LOSSES), *(('nkd', task_loss) for task_loss in ('ce', 'bce', 'asl', 'poly')),
+])
+def test_every_augmentation_split_is_distilled_with_its_own_labels(loss, task_loss, train, digits_teacher):
+    teacher = f'--teacher {digits_teacher} --teacher-dtype float32' if KD_LOSSES[loss].needs_teacher else ''
+    # Nothing is drawn for an image: three splits are three times the same, and every mean over rows stays.
+    common = (f'--kd-loss {loss} {teacher} {STILL} --val-split "" --scale 1 1 --ratio 1 1 --hflip 0 --color-jitter 0 '
+              '--train-interpolation bilinear')
+    split = train(f'{common} --loss {task_loss} --aug-splits 3', 'split').rows[0]
+    single = train(f'{common} --loss {"ce" if task_loss == "jsd" else task_loss}', 'single').rows[0]
+    for name in single:  # the divergence of three equal splits is 0, which leaves jsd its cross-entropy
+        assert split[name] == pytest.approx(single[name], rel=1e-5), name
 
 
 def test_accumulation_takes_the_remaining_batches_as_an_update_of_their_own(train):

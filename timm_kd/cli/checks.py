@@ -21,7 +21,8 @@ from ..data import find_class_map
 from ..errors import UsageError, nearest
 from ..losses import KD_LOSSES, create_kd_loss
 from .kd_flags import KDSettings, knob_dests, named_teachers, resolve_kd
-from .messages import as_given, task_loss_flags
+from .messages import as_given
+from .task_loss import check_task_loss
 
 # Data sets that timm finds by name, for which a local folder is only the store; and those that it reads as a stream.
 _NAMED_DATASETS = ('hfds', 'hfids', 'tfds', 'wds', 'torch')
@@ -42,6 +43,9 @@ _BELONGS_TO = {
     'torchcompile_mode': 'torchcompile',
     'train_batch_sizes': 'train_img_sizes',
     'train_size_probs': 'train_img_sizes',
+    'loss_weight_power': 'class_stats',
+    'loss_weight_beta': 'class_stats',
+    'loss_weight_max': 'class_stats',
     'hub_private': 'push_to_hub',
     'hub_license': 'push_to_hub',
     'hub_revision': 'push_to_hub',
@@ -77,8 +81,8 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """
     rules = (
         _refused(args, defaults), _belonging(args, defaults), _data(args), _files(args), _images(args),
-        _batches(args), _task_loss(args), _compiling(args), _optimizer(args), _schedule(args), _train_sizes(args),
-        _hub(args), _distillation(args, defaults),
+        _batches(args), check_task_loss(args, defaults), _compiling(args), _optimizer(args), _schedule(args),
+        _train_sizes(args), _hub(args), _distillation(args, defaults),
     )
     for rule in rules:
         for sentence in rule:
@@ -177,14 +181,6 @@ def _batches(args: argparse.Namespace) -> Iterator[str]:
             yield f'{as_given(dest, getattr(args, dest))}: Mixup and CutMix mix pairs and need an even batch size.'
         if args.aug_splits:
             yield f'--aug-splits {args.aug_splits}: does not go with Mixup or CutMix.'
-
-
-def _task_loss(args: argparse.Namespace) -> Iterator[str]:
-    flags = task_loss_flags(args)
-    if len(set(flags.values())) > 1:
-        yield f'{" and ".join(flags)}: choose one task loss.'
-    if 'jsd' in flags.values() and args.aug_splits < 2:
-        yield f'{next(iter(flags))} compares augmentation splits: add --aug-splits 2 or more.'
 
 
 def _compiling(args: argparse.Namespace) -> Iterator[str]:
@@ -330,9 +326,6 @@ def _kd_loss(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
                f'{settings.distill_loss_weight:g}: give --distill-loss-weight too.')
     if settings.task_loss_weight == settings.distill_loss_weight == 0:
         yield '--task-loss-weight 0 and --distill-loss-weight 0 leave nothing to train on.'
-    flags = [flag for flag, loss in task_loss_flags(args).items() if loss == 'jsd']
-    for flag in flags + ([f'--aug-splits {args.aug_splits}'] if args.aug_splits else []):
-        yield f'{flag}: does not go with distillation (--kd-loss {settings.loss}).'
     if args.num_classes == 1:
         yield f'--num-classes 1: --kd-loss {settings.loss} compares classes and needs at least 2.'
 
@@ -353,8 +346,10 @@ def _teacher(args: argparse.Namespace) -> Iterator[str]:
         cache = as_given('teacher_cache', args.teacher_cache)
         if args.train_img_sizes:
             yield f'{cache}: stored logits belong to one image size, leave out --train-img-sizes.'
-        if args.aug_repeats:
-            yield f'{cache}: stores one view of an image per epoch, leave out --aug-repeats.'
+        for dest in ('aug_repeats', 'aug_splits'):
+            if getattr(args, dest):
+                yield (f'{cache}: stores one view of an image per epoch, leave out '
+                       f'{as_given(dest, getattr(args, dest))}.')
         if _kind_of_dataset(args) in _STREAMS:
             yield f'{cache}: needs a data set with indices, and --dataset {args.dataset} is a stream.'
 

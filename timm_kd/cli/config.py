@@ -13,6 +13,7 @@ from ..errors import UsageError, nearest
 from ..losses import KD_LOSSES
 from .kd_flags import knob_dests
 from .parser import ParseKwargs, Parser
+from .task_loss import LOSS_PARAMETERS
 
 _logger = logging.getLogger(__name__)
 
@@ -197,6 +198,11 @@ def _left_over(
         for dest, knob in knob_dests().items():
             if knob not in knobs:
                 yield dest, f'--kd-loss {given["kd_loss"]} has no {knob}'
+    if given.get('loss') or given.get('bce_loss') or given.get('jsd_loss'):
+        loss = given.get('loss') or ('bce' if given.get('bce_loss') else 'jsd')
+        for dest, owners in LOSS_PARAMETERS.items():
+            if loss not in sum(owners, ()):
+                yield dest, f'{loss} has none'
     if given.get('sched', 'wsd') not in ('wsd', 'rsqrt'):
         yield from ((dest, f'--sched {given["sched"]} has none') for dest in ('lr_decay_fn', 'lr_stable_timescale'))
     if given.keys() & {'teacher', 'kd_model_name'}:

@@ -1,5 +1,4 @@
 """How errors speak of flags."""
-import argparse
 import re
 from typing import Any
 
@@ -12,16 +11,6 @@ def as_given(dest: str, value: Any) -> str:
     if isinstance(value, dict):
         value = [f'{key}={item}' for key, item in value.items()]
     return f'{name} {" ".join(str(item) or repr("") for item in (value if isinstance(value, list) else [value]))}'
-
-
-def task_loss_flags(args: argparse.Namespace) -> dict[str, str]:
-    """Return the flags that choose the task loss, as on the command line, and what each chooses."""
-    flags = {'--jsd-loss': 'jsd'} if args.jsd_loss else {}
-    if args.bce_loss:
-        flags['--bce-loss'] = 'bce'
-    if args.loss:
-        flags[f'--loss {args.loss}'] = args.loss
-    return flags
 
 
 # The arguments of `Teacher` that its errors name in backticks, and the flags that set them.

@@ -6,6 +6,7 @@ length that suits the schedule (90 for `step`, a fifth of the run for `wsd` and 
 (in `kd_flags`) is None, the loss's own default.
 """
 from .parser import Flag, count, flag, kwargs_flag, not_negative, number, one_of, positive, switch, whole
+from .task_loss import LOSS_FLAGS
 
 share, share_below_1 = number(float, at_least=0, at_most=1), number(float, at_least=0, below=1)
 
@@ -178,7 +179,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         switch('--bce-sum', help='sum the binary cross-entropy over the classes'),
         flag('--bce-target-thresh', type=float, help='binarise soft targets at this value'),
         flag('--bce-pos-weight', type=float, help='weight of the positive term of the binary cross-entropy'),
-        flag('--loss', known=('', 'ce', 'bce', 'jsd'), help='task loss (ce when unset)'),
+        *LOSS_FLAGS,
         flag(
             '--task', type=one_of('', *SINGLE_LABEL, reason=NO_MULTI_LABEL),
             help='"classification" (multilabel is refused)',

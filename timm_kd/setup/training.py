@@ -10,7 +10,8 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
 
-from ..cli.messages import as_given, task_loss_flags
+from ..cli.messages import as_given
+from ..cli.task_loss import loss_kwargs
 from ..errors import UsageError, shortened
 from ..losses import create_kd_loss
 from ..task import KDTask
@@ -50,18 +51,19 @@ def create_loss_scaler(setup: Setup) -> NativeScaler | None:
 
 
 def create_task(setup: Setup, teacher: nn.Module | None, optimizer: torch.optim.Optimizer) -> TrainingTask:
-    """Make timm's classification task, or `KDTask`, on the criterion that timm's script would use, with its EMA."""
+    """Make timm's classification task, or `KDTask`, on the criterion that timm's script would use, with its EMA.
+
+    Raises:
+        UsageError: If the weights of `--loss-class-weight` or `--loss-pos-weight` are those of other classes.
+    """
     args = setup.args
-    loss_type = next(iter(task_loss_flags(args).values()), 'ce')
-    criterion = create_classification_loss(
-        loss_type,
-        smoothing=args.smoothing,
-        soft_targets=setup.data.mixup_active and loss_type != 'jsd',
-        pos_weight=args.bce_pos_weight if loss_type == 'bce' else None,
-        bce_target_thresh=args.bce_target_thresh if loss_type == 'bce' else None,
-        bce_sum=args.bce_sum if loss_type == 'bce' else False,
-        jsd_splits=args.aug_splits,
-    )
+    loss = loss_kwargs(args)
+    for name in ('class_weight', 'pos_weight'):
+        if isinstance(loss[name], torch.Tensor) and len(loss[name]) != args.num_classes:
+            raise UsageError(
+                f'{as_given(f"loss_{name}", getattr(args, f"loss_{name}"))}: has {len(loss[name])} entries but the '
+                f'model has {args.num_classes} classes.')
+    criterion = create_classification_loss(**loss)
     kd, process = setup.kd, setup.process
     common = dict(criterion=criterion, device=process.device, dtype=setup.dtype, verbose=process.primary)
     if kd is None:
