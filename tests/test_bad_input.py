@@ -225,7 +225,7 @@ def test_fewer_classes_than_the_model_are_a_warning_with_both_numbers(digits, tm
     flags = f'{BASE} --num-classes 12 --output {tmp_path} --val-split "" --opt momentum --lr 0.01'
     main([str(digits), *shlex.split(flags)])
     warnings = [record.message for record in caplog.records if record.levelname == 'WARNING']
-    assert any('has 10 classes, the model 12' in warning and '--num-classes' in warning for warning in warnings)
+    assert any('has 10 classes, the model 12' in warning and '`num_classes`' in warning for warning in warnings)
 
 
 def test_config_value_of_a_wrong_type_names_file_key_and_value(refuse, tmp_path):

@@ -10,6 +10,7 @@ from helpers import RunsCode, run_script
 from PIL import Image
 from timm.data import create_dataset
 
+from timm_kd.cli.messages import in_flags
 from timm_kd.data import class_names, create_datasets
 from timm_kd.errors import UsageError
 from timm_kd.teacher_cache.key import fingerprint_dataset
@@ -39,7 +40,7 @@ TARS = dict(train_split='train.tar', val_split='validation.tar')
 def refused(root: Path, num_classes: int = 10, **options) -> str:
     with pytest.raises(UsageError) as error:
         create_datasets(str(root), num_classes=num_classes, **options)
-    message = str(error.value)
+    message = in_flags(str(error.value))
     assert '\n' not in message and message.endswith('.')
     return message
 
@@ -248,7 +249,7 @@ def test_damaged_tar_is_named(root):
 def test_fewer_classes_than_the_model_are_one_warning_that_names_the_split(root, tmp_path):
     run = run_script('--num-classes 12', root, tmp_path)
     (warning,) = [line for line in run.log if 'classes, the model 12' in line]
-    assert warning.startswith(f'--train-split train of {root} has 10 classes') and '--num-classes 10?' in warning
+    assert warning.startswith(f'`train_split` train of {root} has 10 classes') and '`num_classes` 10?' in warning
 
 
 @pytest.mark.parametrize('workers', [0, 2])

@@ -167,7 +167,7 @@ def test_another_key_is_refused_with_field_values_and_way_out(tmp_path):
     with pytest.raises(UsageError) as refused:
         folder(tmp_path, key={**KEY, 'data': {'hflip': 0.0, 'scale': (0.08, 1.0)}})
     assert 'data.hflip was 0.5, is now 0.0' in str(refused.value)
-    assert '--teacher-cache-rebuild' in str(refused.value) and 'another folder' in str(refused.value)
+    assert '`rebuild`' in str(refused.value) and 'another folder' in str(refused.value)
 
 
 def test_rebuild_throws_away_the_rows_of_another_key(tmp_path):
@@ -187,7 +187,7 @@ def test_rebuild_throws_away_the_rows_of_another_teacher(tmp_path):
     with pytest.raises(UsageError, match='teacher.weights was "abc", is now "def"'):
         folder(tmp_path, teacher={'weights': 'def'})
     (tmp_path / 'teacher.json').write_text('{"teacher": ')
-    with pytest.raises(UsageError, match=r'teacher\.json is damaged: use --teacher-cache-rebuild'):
+    with pytest.raises(UsageError, match=r'teacher\.json is damaged: use `rebuild`'):
         folder(tmp_path, teacher={'weights': 'def'})
     rebuilt = folder(tmp_path, teacher={'weights': 'def'}, rebuild=True)
     assert not rebuilt.covers([0], lambda epoch: np.arange(100))
@@ -322,7 +322,7 @@ def test_a_cache_that_cannot_be_written_is_read(open_path):
 
 def test_a_cache_in_a_closed_folder_is_refused_by_name(open_path):
     def refused():
-        with pytest.raises(UsageError, match=f'--teacher-cache {open_path}/cache: Permission denied'):
+        with pytest.raises(UsageError, match=f"teacher cache '{open_path}/cache': Permission denied"):
             folder(open_path / 'cache')
         return True
 
@@ -333,7 +333,7 @@ def test_a_cache_in_a_closed_folder_is_refused_by_name(open_path):
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / 'cache').write_text('')
-    with pytest.raises(UsageError, match='cache: a folder is needed'):
+    with pytest.raises(UsageError, match="cache': a folder is needed"):
         folder(tmp_path / 'cache')
 
 
@@ -395,7 +395,7 @@ def test_a_link_to_a_folder_is_a_cache_like_any_other(tmp_path):
     use_everything(tmp_path / 'cache', rebuild=False)
     assert (tmp_path / 'place' / 'epoch-0000.logits').is_file()
     (tmp_path / 'nowhere').symlink_to(tmp_path / 'absent')
-    with pytest.raises(UsageError, match='nowhere: a folder is needed'):
+    with pytest.raises(UsageError, match="nowhere': a folder is needed"):
         folder(tmp_path / 'nowhere')
 
 
@@ -458,7 +458,7 @@ def test_a_key_that_says_nothing_sensible_of_its_rows_is_damaged(tmp_path, rows)
 @pytest.mark.parametrize('text', ['', '[]', '{"format": 2', '[' * 100_000, '\x00'])
 def test_a_truncated_key_is_damaged(tmp_path, text):
     (tmp_path / 'key.json').write_text(text)
-    with pytest.raises(UsageError, match=r'key\.json is damaged: use --teacher-cache-rebuild'):
+    with pytest.raises(UsageError, match=r'key\.json is damaged: use `rebuild`'):
         folder(tmp_path)
     folder(tmp_path, rebuild=True).close()
 

@@ -375,6 +375,11 @@ def test_teacher_is_in_eval_mode_from_the_start():
     ("teacher 'a b/it's.pth': no such file.", "--teacher a b/it's.pth: no such file."),
     ("`img_size` 64: teacher 'vit' takes 160x160 only.", '--teacher-img-size 64: --teacher vit takes 160x160 only.'),
     ("`model_kwargs` {'a': 1} do not suit the teacher", "--teacher-kwargs {'a': 1} do not suit the teacher"),
+    ("teacher cache '/a/b c': its disk is full, store less (`topk`, `num_epochs`) or use `rebuild`.",
+     '--teacher-cache /a/b c: its disk is full, store less (--teacher-cache-topk, --teacher-cache-epochs) or use '
+     '--teacher-cache-rebuild.'),
+    ("class map 'classes.txt': `train_split` train has 9 classes, `num_classes` 8.",
+     '--class-map classes.txt: --train-split train has 9 classes, --num-classes 8.'),
     ('`hf auth login` (or HF_TOKEN) logs you in', '`hf auth login` (or HF_TOKEN) logs you in'),
 ])
 def test_script_speaks_flags_where_the_library_speaks_arguments(said, in_the_script):

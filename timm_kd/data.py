@@ -81,10 +81,10 @@ class NamedImages(ImageDataset):
 
 @dataclass
 class TrainData:
-    """The training side: the loader, and Mixup where the loader does not mix itself (`--no-prefetcher`).
+    """The training side: the loader, and Mixup where the loader does not mix itself (one without prefetcher).
 
-    `reference_batch_size` is what the automatic learning rate and the loss scale refer to: `--batch-size`, or the
-    average over the schedule of `--train-img-sizes`. From `mixup_off_epoch` on (0: never) nothing is mixed; targets
+    `reference_batch_size` is what the automatic learning rate and the loss scale refer to: the size of a batch, or its
+    average over a schedule of several image sizes. From `mixup_off_epoch` on (0: never) nothing is mixed; targets
     stay dense.
     """
     dataset: Dataset
@@ -153,7 +153,7 @@ def create_datasets(
     given_map = _read_class_map(class_map, root or '', train_split) if class_map else None
     open_split = partial(_open_split, name, root, class_map=given_map, map_file=class_map, **options)
     train_set = open_split(split=train_split, is_training=True, num_samples=train_num_samples, repeats=repeats)
-    _check_classes(train_set, f'--train-split {train_split}', root, num_classes, ordered=given_map is not None)
+    _check_classes(train_set, f'`train_split` {train_split}', root, num_classes, ordered=given_map is not None)
     open_validation = partial(open_split, split=val_split, is_training=False, num_samples=val_num_samples)
     eval_set = open_validation() if val_split else None
     _check_folders(train_set, eval_set, root, train_split, val_split)
@@ -186,8 +186,8 @@ def create_train_data(
     """
     if options.get('num_aug_repeats') and not options.get('distributed'):
         raise UsageError(
-            f'--aug-repeats {options["num_aug_repeats"]:g}: timm spreads the repeats over processes: start two or more '
-            'with torchrun, or leave it out.')
+            f'`num_aug_repeats` {options["num_aug_repeats"]:g}: timm spreads the repeats over processes: start two or '
+            'more with torchrun, or leave it out.')
     collate_fn = mixup_fn = None
     if mixup is not None:
         if options['use_prefetcher']:
@@ -198,14 +198,14 @@ def create_train_data(
     augmented = AugMixDataset(dataset, num_splits=num_splits) if num_splits else dataset
     try:
         loader = create_loader(augmented, is_training=True, collate_fn=collate_fn, **options)
-    except (ValueError, AssertionError) as error:  # timm's own sentences about --train-img-sizes and its like
+    except (ValueError, AssertionError) as error:  # timm's own sentences about `input_size_choices` and its like
         raise UsageError(f'training loader: {error}') from error
     reference_batch_size = options['batch_size']
     if options.get('input_size_choices'):
         schedule = loader.batch_sampler
         reference_batch_size = schedule.average_batch_size
         _logger.info(
-            f'--train-img-sizes: batches of {", ".join(map(str, schedule.batch_sizes))} images, '
+            f'Several image sizes: batches of {", ".join(map(str, schedule.batch_sizes))} images, '
             f'{reference_batch_size:.2f} on average, {len(schedule)} batches an epoch.')
     if replay_seed is not None:
         loader = make_replayable(loader, seed=replay_seed, num_epochs=replay_epochs)
@@ -213,7 +213,7 @@ def create_train_data(
             mixup_fn = ReplayMixup(mixup_fn, loader.batch_sampler)
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:
         raise UsageError(
-            f'--batch-size {options["batch_size"]}: the {len(dataset)} training images do not fill one batch, and timm '
+            f'`batch_size` {options["batch_size"]}: the {len(dataset)} training images do not fill one batch, and timm '
             'drops the last partial one: lower it.'
         )
     return TrainData(dataset, loader, mixup_fn, mixup is not None, mixup_off_epoch, reference_batch_size)
@@ -260,11 +260,11 @@ def _open_split(
     try:
         dataset = create_dataset(name, root=root, split=split, class_map=class_map, **options)
     except _READ_ERRORS as error:
-        reasons = [f'--dataset {name!r}'] if name else []
-        reasons += [f'--class-map {map_file} (does it name the classes?)'] if map_file else []
+        reasons = [f'`name` {name!r}'] if name else []
+        reasons += [f"class map '{map_file}' (does it name the classes?)"] if map_file else []
         if not name and os.path.isdir(root) and any(Path(root).glob('*.tar')):
-            reasons.append('a tar is a split where it is named, as in --train-split train.tar')
-        place = ', '.join([f'--data-dir {root}', f'split {split!r}', *reasons])
+            reasons.append('a tar is a split where it is named, as in `train_split` train.tar')
+        place = ', '.join([f'data folder {root}', f'split {split!r}', *reasons])
         raise UsageError(f'{place}: {shortened(error).rstrip(".")}.') from error
     return NamedImages(dataset) if type(dataset) is ImageDataset else dataset
 
@@ -285,7 +285,7 @@ def _read_class_map(path: str, root: str, train_split: str) -> dict[str, int]:
             raise ValueError(f'{wrong[0]!r} is no index' if wrong else 'it names no class')
     except Exception as error:  # a file that is no pickle makes `pickle` raise nearly anything
         raise UsageError(
-            f'--class-map {path}: {shortened(error).rstrip(".")}; expected a .txt file with a class name on each line, '
+            f"class map '{path}': {shortened(error).rstrip('.')}; expected a .txt file with a class name on each line, "
             'or a .pkl file of a plain dict from names to indices.'
         ) from error
     return numbers
@@ -300,8 +300,8 @@ def _check_classes(dataset: Dataset, split: str, root: str, num_classes: int, or
         raise UsageError(f'data folder {root}: images, but no class folders; it should hold <split>/<class>/<image>.')
     count = max(numbers.values()) + 1
     if count > num_classes:
-        raise UsageError(f'data folder {root}: {count} classes in {split} ({few(numbers)}), but --num-classes '
-                         f'{num_classes}.')
+        raise UsageError(
+            f'data folder {root}: {count} classes in {split} ({few(numbers)}), but `num_classes` {num_classes}.')
     if not ordered and _images_of(dataset) is not None:
         places: dict[tuple, str] = {}
         for name in numbers:
@@ -309,12 +309,11 @@ def _check_classes(dataset: Dataset, split: str, root: str, num_classes: int, or
             if other != name:
                 raise UsageError(
                     f'data folder {root}: to timm the classes {other} and {name} have the same place in the order of '
-                    'names, so their indices may change from run to run: rename one, or number them by --class-map '
-                    'FILE.')
+                    'names, so their indices may change from run to run: rename one, or number them by a class map.')
     if count < num_classes:
         _logger.warning(
             f'{split} of {root} has {count} classes, the model {num_classes}: the others will never be seen '
-            f'(--num-classes {count}?).')
+            f'(`num_classes` {count}?).')
 
 
 def _check_folders(
@@ -325,29 +324,29 @@ def _check_folders(
         val_split: str,
 ) -> None:
     """Refuse to validate on training images by mistake: for a split that is not there, timm reads the whole folder."""
-    splits = {f'--train-split {train_split}': train_set, f'--val-split {val_split}': eval_set}
-    folders = {flag: _images_of(dataset) for flag, dataset in splits.items() if dataset is not None}
+    splits = {f'`train_split` {train_split}': train_set, f'`val_split` {val_split}': eval_set}
+    folders = {name: _images_of(dataset) for name, dataset in splits.items() if dataset is not None}
     if None in folders.values():
         return
-    known = [name for name in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, name))]
-    for flag, folder in folders.items():
+    known = [split for split in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, split))]
+    for name, folder in folders.items():
         if known and folder == Path(root).absolute():
-            raise UsageError(f"{flag}: {root} has no such folder, but {', '.join(known)}; name one (--val-split '' for "
-                             'none).')
+            raise UsageError(
+                f"{name}: {root} has no such folder, but {', '.join(known)}; name one (`val_split` '' for none).")
     if eval_set is None or train_split == val_split:
         return
-    (train_flag, train_folder), (val_flag, val_folder) = folders.items()
+    (train_name, train_folder), (val_name, val_folder) = folders.items()
     if not train_folder.is_relative_to(val_folder) and not val_folder.is_relative_to(train_folder):
         return
     if os.path.isfile(root):
-        advice = 'give a folder with a tar for each split, as in --train-split train.tar --val-split validation.tar'
+        advice = 'give a folder with a tar for each split, as in `train_split` train.tar `val_split` validation.tar'
     elif Path(root).absolute().name in _SPLIT_FOLDERS:
         advice = f'give {Path(root).absolute().parent}'
     else:
         advice = 'give a folder with a folder for each split, train and validation'
     raise UsageError(
-        f'data folder {root}: timm reads {train_folder} for {train_flag} and {val_folder} for {val_flag}, so training '
-        f"images would be validated on: {advice}; or --val-split '' for no validation.")
+        f'data folder {root}: timm reads {train_folder} for {train_name} and {val_folder} for {val_name}, so training '
+        f"images would be validated on: {advice}; or `val_split` '' for no validation.")
 
 
 def _images_of(dataset: Dataset) -> Path | None:
@@ -372,10 +371,10 @@ def _with_classes_of(
     absent = [name for name in trained if name not in validated]
     if unknown or not hasattr(eval_set, 'reader'):  # torchvision's own data sets take no numbers
         raise UsageError(
-            f'--train-split {train_split} and --val-split {val_split} have different classes, which timm numbers '
+            f'`train_split` {train_split} and `val_split` {val_split} have different classes, which timm numbers '
             f'separately: {few(unknown)} in validation alone, {few(absent)} in training alone. Rename or add the '
-            "folders, or leave validation out (--val-split '').")
+            "folders, or leave validation out (`val_split` '').")
     _logger.info(
-        f'--val-split {val_split} has {len(validated)} of the {len(trained)} classes (not {few(absent)}): they have '
+        f'`val_split` {val_split} has {len(validated)} of the {len(trained)} classes (not {few(absent)}): they have '
         'the indices of training.')
     return open_validation(class_map=trained)

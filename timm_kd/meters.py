@@ -17,7 +17,7 @@ class NonFiniteLoss(CommandError, ArithmeticError):
 
     def __init__(self, epoch: int, batch_idx: int, what: str):
         super().__init__(
-            f'epoch {epoch}, batch {batch_idx}: {what}. Nothing was saved after it: lower --lr, set --clip-grad, or '
+            f'epoch {epoch}, batch {batch_idx}: {what}. Nothing was saved after it: lower `lr`, set `clip_grad`, or '
             'use bfloat16.'
         )
 

@@ -106,7 +106,7 @@ def setup_process(device: str, device_modules: list[str] | None = None) -> Proce
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise UsageError(f'--device-modules {module}: {error}.') from error
+            raise UsageError(f'`device_modules` {module}: {error}.') from error
     if device.split(':')[0] == 'cuda' and not torch.cuda.is_available():
         _logger.warning('No GPU found: training on the CPU (--device cpu says so without this warning).')
         device = 'cpu'
@@ -118,7 +118,7 @@ def setup_process(device: str, device_modules: list[str] | None = None) -> Proce
         device = torch.device(found['device'])
         torch.zeros(1, device=device).item()  # shows whether this torch has the device, and can compute on it
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'--device {device}: {shortened(error)}') from error
+        raise UsageError(f'`device` {device}: {shortened(error)}') from error
     rank, world_size = found['global_rank'], found['world_size']
     group = None
     if found['distributed']:

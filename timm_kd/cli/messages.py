@@ -1,4 +1,4 @@
-"""How errors speak of flags."""
+"""How errors speak of flags: those of the library, which speaks of its arguments, in the script's words."""
 import re
 from typing import Any
 
@@ -13,8 +13,9 @@ def as_given(dest: str, value: Any) -> str:
     return f'{name} {" ".join(str(item) or repr("") for item in (value if isinstance(value, list) else [value]))}'
 
 
-# The arguments of `Teacher` that its errors name in backticks, and the flags that set them.
-_TEACHER_FLAGS = {
+# The arguments that errors of the library name in backticks, and the flags that set them.
+_FLAGS = {
+    # of `Teacher`
     'mean': '--mean',
     'std': '--std',
     'model': '--teacher-model',
@@ -24,10 +25,29 @@ _TEACHER_FLAGS = {
     'dtype': '--teacher-dtype',
     'class_map': '--teacher-class-map',
     'class_map_missing': '--teacher-class-map-missing',
+    # of stored logits
+    'topk': '--teacher-cache-topk',
+    'num_epochs': '--teacher-cache-epochs',
+    'rebuild': '--teacher-cache-rebuild',
+    # of `create_datasets` and `create_train_data`
+    'name': '--dataset',
+    'train_split': '--train-split',
+    'val_split': '--val-split',
+    'num_classes': '--num-classes',
+    'batch_size': '--batch-size',
+    'num_aug_repeats': '--aug-repeats',
+    # of `setup_process` and of training
+    'device': '--device',
+    'device_modules': '--device-modules',
+    'lr': '--lr',
+    'clip_grad': '--clip-grad',
 }
+# What the library's errors name with its value in quotes, and the flags that take that value.
+_QUOTED = {'teacher': '--teacher', 'teacher cache': '--teacher-cache', 'class map': '--class-map'}
 
 
 def in_flags(message: str) -> str:
     """Return an error of the library with the script's flags in place of the arguments it names."""
-    message = re.sub(r"\bteacher '(.*?)'(?=[\s:,.]|$)", r'--teacher \1', message)
-    return re.sub(r'`(\w+)`', lambda found: _TEACHER_FLAGS.get(found[1], found[0]), message)
+    quoted = rf"\b({'|'.join(_QUOTED)}) '(.*?)'(?=[\s:,.]|$)"
+    message = re.sub(quoted, lambda found: f'{_QUOTED[found[1]]} {found[2]}', message)
+    return re.sub(r'`(\w+)`', lambda found: _FLAGS.get(found[1], found[0]), message)

@@ -43,10 +43,10 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_ROOM:
             raise DiskFull(
-                f'--teacher-cache {path}: the disk is full. What is stored so far is kept: make room and start again, '
-                'or store less with --teacher-cache-epochs or --teacher-cache-topk.'
+                f"teacher cache '{path}': the disk is full. What is stored so far is kept: make room and start again, "
+                'or store less with `num_epochs` or `topk`.'
             ) from error
-        raise UsageError(f'--teacher-cache {error.filename or path}: {error.strerror}.') from error
+        raise UsageError(f"teacher cache '{error.filename or path}': {error.strerror}.") from error
 
 
 def _head_size(num_rows: int) -> int:
@@ -108,7 +108,7 @@ class EpochFile:
                     os.posix_fallocate(self._fd, 0, self._rows_at)
         elif found != size:
             raise UsageError(
-                f'--teacher-cache: {self.path} has {found} bytes instead of {size}, it was cut short: delete it to '
+                f'teacher cache: {self.path} has {found} bytes instead of {size}, it was cut short: delete it to '
                 'have its rows computed again.'
             )
 

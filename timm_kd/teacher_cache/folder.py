@@ -86,7 +86,7 @@ class CacheFolder:
         except OSError as error:
             if error.errno not in _READ_ONLY or not os.path.isdir(self.path):  # Path.is_dir raises in a closed folder
                 reason = 'a folder is needed' if isinstance(error, FileExistsError) else error.strerror
-                raise UsageError(f'--teacher-cache {path}: {reason}.') from error
+                raise UsageError(f"teacher cache '{path}': {reason}.") from error
         self.writable = self._lock is not None
         try:
             with explained(self.path):
@@ -102,7 +102,7 @@ class CacheFolder:
         others = sorted(name for name in os.listdir(self.path) if name != LOCK_FILE and not name.startswith('.new-'))
         if others and not os.path.lexists(self.path / KEY_FILE):
             raise UsageError(
-                f'--teacher-cache {self.path} holds {others[0]} and no {KEY_FILE}, so it is no teacher cache: give a '
+                f"teacher cache '{self.path}' holds {others[0]} and no {KEY_FILE}, so it is no teacher cache: give a "
                 'new or an empty folder.'
             )
 
@@ -113,14 +113,14 @@ class CacheFolder:
         except BlockingIOError:
             reason = 'has to be cleared, and another run is using it: wait for its end' if exclusive \
                 else 'is being rebuilt by another run: wait for it'
-            raise UsageError(f'--teacher-cache {self.path} {reason}.') from None
+            raise UsageError(f"teacher cache '{self.path}' {reason}.") from None
 
     def _claim(self, key: Key, teacher: Key | None, rebuild: bool) -> None:
         path = self.path / KEY_FILE
         if os.path.lexists(path):
             self._check_format(path, rebuild)
         elif not self.writable:
-            raise UsageError(f'--teacher-cache {self.path} is empty and cannot be written: use another folder.')
+            raise UsageError(f"teacher cache '{self.path}' is empty and cannot be written: use another folder.")
         try:
             claim_key(path, key)
             if teacher is not None:
@@ -141,7 +141,7 @@ class CacheFolder:
                 return
             raise
         if 'format' not in stored:
-            raise UsageError(f'--teacher-cache {self.path}: its {path.name} is not that of a teacher cache.')
+            raise UsageError(f"teacher cache '{self.path}': its {path.name} is not that of a teacher cache.")
 
     def claim_teacher(self, teacher: Key) -> None:
         """Write down what the live teacher says of itself, or check that it is the one that filled the cache.
@@ -160,11 +160,11 @@ class CacheFolder:
 
     def _clear(self) -> None:
         if not self.writable:
-            raise UsageError(f'--teacher-cache {self.path} cannot be written: use another folder.')
+            raise UsageError(f"teacher cache '{self.path}' cannot be written: use another folder.")
         self._share(exclusive=True)
         epochs = epoch_files(self.path).values()
         if epochs:
-            _logger.warning(f'Throwing away the logits in {self.path} (--teacher-cache-rebuild).')
+            _logger.warning(f'Throwing away the logits in {self.path} (`rebuild`).')
         # The key goes last: a folder with a key never holds another key's rows, whenever clearing it is interrupted.
         others = (self.path / name for name in (TEACHER_FILE, MEMBERS_FILE, ARGS_FILE, KEY_FILE))
         for path in (*epochs, *self.path.glob(VALIDATION_FILES), *others):
@@ -212,7 +212,7 @@ class CacheFolder:
         """
         if not self.writable:
             raise UsageError(
-                f'--teacher-cache {self.path} lacks rows of this run and cannot be written: make it writable, or use '
+                f"teacher cache '{self.path}' lacks rows of this run and cannot be written: make it writable, or use "
                 'another folder.'
             )
         size = epoch_file_size(self.num_rows, self.row_bytes)
@@ -227,9 +227,9 @@ class CacheFolder:
         )
         if missing > free:
             raise UsageError(
-                f'--teacher-cache {self.path} needs {format_bytes(missing)} more and its disk has {format_bytes(free)} '
-                f'free: store fewer of the {len(epochs)} epochs (--teacher-cache-epochs), fewer logits '
-                '(--teacher-cache-topk), or use another disk.'
+                f"teacher cache '{self.path}' needs {format_bytes(missing)} more and its disk has {format_bytes(free)} "
+                f'free: store fewer of the {len(epochs)} epochs (`num_epochs`), fewer logits (`topk`), or use another '
+                'disk.'
             )
 
     def load_validation(self, key: str, count: int) -> dict[str, np.ndarray]:
@@ -277,7 +277,7 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], RowLayout]:
             return rows, RowLayout(rows['classes'], rows['dtype'], rows['topk'])
     except (LookupError, TypeError):
         pass
-    raise OtherKey(f'{folder / KEY_FILE} is damaged: fill the folder anew with --teacher-cache-rebuild.')
+    raise OtherKey(f'{folder / KEY_FILE} is damaged: fill the folder anew with `rebuild`.')
 
 
 def read_teacher(path: Path) -> Key:

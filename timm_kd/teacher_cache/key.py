@@ -55,8 +55,8 @@ def claim_key(path: Path, key: Key) -> None:
     shown = '; '.join(f'{name} was {show(stored, name)}, is now {show(wanted, name)}' for name in fields[:_MAX_SHOWN])
     more = f' (and {len(fields) - _MAX_SHOWN} more)' if len(fields) > _MAX_SHOWN else ''
     raise OtherKey(
-        f'--teacher-cache {path.parent} holds the logits of other images or another teacher: {shown}{more}. Give this '
-        'run the old settings, use another folder, or fill this one anew with --teacher-cache-rebuild.'
+        f"teacher cache '{path.parent}' holds the logits of other images or another teacher: {shown}{more}. Give this "
+        'run the old settings, use another folder, or fill this one anew with `rebuild`.'
     )
 
 
@@ -71,15 +71,15 @@ def read_key(path: Path) -> Key:
         with open(open_regular(path, os.O_RDONLY), encoding='utf-8') as file:
             key = json.load(file)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f'--teacher-cache {path.parent}: no {path.name} in it, so it is no teacher cache.') from None
+        raise UsageError(f"teacher cache '{path.parent}': no {path.name} in it, so it is no teacher cache.") from None
     except OSError as error:
-        raise UsageError(f'--teacher-cache {path.parent}: {path.name}: {error.strerror}.') from error
+        raise UsageError(f"teacher cache '{path.parent}': {path.name}: {error.strerror}.") from error
     except UsageError:
         raise
     except (ValueError, RecursionError):
         key = None
     if not isinstance(key, dict):
-        raise OtherKey(f'--teacher-cache {path.parent}: {path.name} is damaged: use --teacher-cache-rebuild.')
+        raise OtherKey(f"teacher cache '{path.parent}': {path.name} is damaged: use `rebuild`.")
     return key
 
 
