@@ -16,7 +16,6 @@ BASE = '--model test_resnet --num-classes 10 --img-size 32 --device cpu --epochs
 FILE = '--teacher-model test_resnet --teacher {bad}/'
 
 REFUSED = {
-    # the teacher that a loss needs, or has no use for
     # the student
     'distilled DeiT': (
         '--model deit_tiny_distilled_patch16_224 --teacher {teacher}',
@@ -68,7 +67,6 @@ REFUSED = {
         f'{FILE}vit.pth', '--teacher {bad}/vit.pth does not fit --teacher-model test_resnet',
     ),
     'file of a whole model': (f'{FILE}whole.pth', '--teacher {bad}/whole.pth', 'ResNet', 'state_dict()'),
-    # hyper-parameters
     # data
     'more classes than the model': ('--num-classes 7', '{digits}: 10 classes', '--num-classes 7'),
     'split that is not there': ('--val-split val2', '--val-split val2', 'train, validation'),
@@ -79,7 +77,6 @@ REFUSED = {
     'validation images that test-time augmentation leaves over': (
         '--tta 16 --validation-batch-size 32', '--tta 16', '100 images', '--val-split validation',
     ),
-    # what is not supported, alone or beside distillation
     # weights to start from
     'resume from nothing': ('--resume {bad}/none.pth', '--resume {bad}/none.pth: no such file'),
     'resume truncated': ('--resume {bad}/truncated.pth', '--resume {bad}/truncated.pth cannot be read'),
@@ -219,13 +216,6 @@ def test_data_folder_without_class_folders_is_named(refuse, tmp_path, digits):
         shutil.copytree(digits / split / '0', flat / split)
     message = refuse('', flat)
     assert f'data folder {flat}' in message and 'no class folders' in message
-
-
-def test_fewer_classes_than_the_model_are_a_warning_with_both_numbers(digits, tmp_path, caplog):
-    flags = f'{BASE} --num-classes 12 --output {tmp_path} --val-split "" --opt momentum --lr 0.01'
-    main([str(digits), *shlex.split(flags)])
-    warnings = [record.message for record in caplog.records if record.levelname == 'WARNING']
-    assert any('has 10 classes, the model 12' in warning and '`num_classes`' in warning for warning in warnings)
 
 
 def test_config_value_of_a_wrong_type_names_file_key_and_value(refuse, tmp_path):

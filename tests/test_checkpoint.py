@@ -1,17 +1,14 @@
 """Files of a run on disk: whole or absent, readable by timm, running no code."""
 import os
-import pickle
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import RunsCode
 from timm.models import resume_checkpoint
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
-from timm_kd.errors import UsageError
 from timm_kd.process import Process
 from timm_kd.run.checkpoint import AtomicSaver, CheckpointWriteError, find_recoveries
 from timm_kd.run.resume import (
@@ -248,14 +245,3 @@ def test_copy_that_a_kill_left_half_made_is_no_obstacle(tmp_path):
 def test_run_state_is_read_with_weights_only(tmp_path):
     make_saver(tmp_path).save_checkpoint(0, 1.0, {'run_id': 'a'})
     assert run_state_of(read_checkpoint(tmp_path / 'last.pth.tar'))['run_id'] == 'a'
-
-
-def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
-    bomb = tmp_path / 'bomb.pth.tar'
-    bomb.write_bytes(pickle.dumps({'state_dict': RunsCode(tmp_path / 'ran')}))
-    with pytest.raises(UsageError, match='bomb'):
-        read_checkpoint(bomb)
-    torch.save({'state_dict': RunsCode(tmp_path / 'ran')}, bomb)
-    with pytest.raises(UsageError, match='bomb'):
-        read_checkpoint(bomb)
-    assert not (tmp_path / 'ran').exists()

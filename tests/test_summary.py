@@ -4,7 +4,6 @@ import csv
 from timm.utils import update_summary
 
 from timm_kd.run.record import TIMM_COLUMNS, Summary
-from timm_kd.run.resume import StartPoint
 
 TRAIN, EVAL = {'loss': 1 / 3}, {'loss': 0.1, 'top1': 200 / 3, 'top5': 100.0}
 
@@ -54,9 +53,3 @@ def test_columns_of_a_validation_that_a_resumed_run_adds_stand_where_timm_has_th
     Summary(tmp_path / 'summary.csv').append(0, TRAIN, None, 0.1)
     Summary(tmp_path / 'summary.csv', start_epoch=1).append(1, TRAIN, EVAL, 0.1)
     assert tuple((tmp_path / 'summary.csv').read_text().splitlines()[0].split(',')) == TIMM_COLUMNS
-
-
-def test_times_of_the_epochs_before_a_resume_are_kept():
-    timing = [{'epoch': epoch, 'seconds': 2.0} for epoch in range(3)]
-    assert StartPoint('a', epoch=2, record={'run_id': 'a', 'timing': timing}).timing == timing[:2]
-    assert StartPoint('a', epoch=2).timing == []

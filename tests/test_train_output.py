@@ -145,11 +145,6 @@ def test_args_yaml_is_a_config_of_the_same_run(nkd_run, digits, tmp_path):
     assert Run(tmp_path / 'again').rows == nkd_run.rows
 
 
-def test_fresh_run_leaves_no_row_of_an_older_one_in_its_folder(train):
-    train('--kd-loss tfnkd --epochs 2 --val-split ""')
-    assert len(train('--kd-loss tfnkd --val-split ""').rows) == 1
-
-
 def test_record_says_what_the_run_was_made_of(nkd_run, digits_teacher):
     record = nkd_run.record
     assert (record['timm'], record['torch']) == (timm.__version__, torch.__version__)

@@ -1,8 +1,6 @@
 """The teacher alone over the training data: its logits stored ahead of training, or compared with those stored."""
-import contextlib
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .cli import parse_args, resolve_kd
 from .errors import UsageError, shortened
 from .files import open_regular
 from .process import setup_process
-from .setup import Setup, count_epochs, evaluate_run_teacher, open_cached_teacher, set_up
+from .run.log import progress_bar
+from .setup import Setup, count_epochs, evaluate_run_teacher, open_teacher, set_up
 from .teacher_cache import CachedTeacher
 from .teacher_cache.cached_teacher import epoch_rows
 from .teacher_cache.folder import ARGS_FILE, epoch_files, epoch_path, read_precision, read_rows
@@ -96,7 +93,7 @@ def open_run(argv: list[str], epochs: Sequence[int] | None = None, live: bool = 
             f'--epochs-range {min(epochs)} {max(epochs) + 1}: the flags schedule {len(scheduled)} epochs, raise '
             '--epochs.'
         )
-    return TeacherRun(setup, open_cached_teacher(setup, epochs, live, must_store=True), epochs)
+    return TeacherRun(setup, open_teacher(setup, epochs, live), epochs)
 
 
 @torch.no_grad()
@@ -128,12 +125,7 @@ def _fill(run: TeacherRun) -> None:
     images_per_batch = args.batch_size * run.setup.process.world_size
     num_images = images_per_batch * sum(run.num_batches - start for start in starts.values())
     started = time.perf_counter()
-    # Bar and log lines share a terminal; a file gets the lines alone.
-    visible = run.setup.process.primary and sys.stderr is not None and sys.stderr.isatty()
-    with (
-        logging_redirect_tqdm() if visible else contextlib.nullcontext(),
-        tqdm(total=num_images, unit=' images', unit_scale=True, dynamic_ncols=True, disable=not visible) as bar,
-    ):
+    with progress_bar(num_images, run.setup.process.primary, unit=' images', unit_scale=True) as bar:
         for epoch, start in starts.items():
             for images in run.images(epoch, start) if start < run.num_batches else ():
                 with run.setup.steps.autocast():
@@ -149,12 +141,7 @@ def _fill(run: TeacherRun) -> None:
 
 def _first_absent(run: TeacherRun, epoch: int) -> int:
     """Return the first batch of an epoch that has an absent row; the number of batches where there is none."""
-    rows = run.rows(epoch)
-    if not run.teacher.folder.has_epoch(epoch):
-        return 0
-    file = run.teacher.folder.open_epoch(epoch)
-    absent = np.flatnonzero(~file.has(rows))
-    file.close()
+    absent = np.flatnonzero(~run.teacher.folder.present(epoch, run.rows(epoch)))
     return int(absent[0]) // run.setup.args.batch_size if len(absent) else run.num_batches
 
 
@@ -209,9 +196,7 @@ def _trusted_flags(folder: Path) -> dict[str, Any]:
 def _verify_epoch(run: TeacherRun, epoch: int, num_batches: int) -> bool:
     folder = run.teacher.folder
     file = folder.open_epoch(epoch)
-    damaged = len(file.damaged())
-    if damaged and file.writable:
-        file.drop_damaged()  # the next run with the teacher computes them again
+    damaged = len(file.drop_damaged())  # the next run with the teacher computes them again
     present = file.has(run.rows(epoch)).reshape(run.num_batches, -1).all(axis=1)
     file.close()
     complete = np.flatnonzero(present)

@@ -29,6 +29,7 @@ from .run.record import Summary, write_record
 from .run.resume import StartPoint, find_start, resume
 from .setup import (
     Setup,
+    count_epochs,
     create_loss_scaler,
     create_optimizer,
     create_scheduler,
@@ -73,12 +74,12 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     loss_scaler = create_loss_scaler(setup)
     output_dir = _output_dir(args, setup.data_config) if process.primary else None
     if process.primary and os.path.isdir(output_dir):
-        _lock(output_dir, lock)
+        _take_folder(output_dir, lock)
     start = find_start(
         args.resume, output_dir, process, replayable=args.replayable_data, start_epoch=args.start_epoch)
     if start.path is not None and args.sched == 'plateau':
         _logger.warning('--sched plateau: timm saves no state of it, so this is no exact continuation.')
-    teacher = open_teacher(setup, start.epoch)
+    teacher = open_teacher(setup, range(start.epoch, count_epochs(setup)))
     task = create_task(setup, teacher, optimizer)
     if start.path is not None:
         keep = not args.no_resume_opt
@@ -89,8 +90,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     record = _record(setup, start, task, argv, num_epochs)
     saver = summary = None
     if process.primary:
-        _make_folder(output_dir)  # only now: whatever can be refused was refused above, and leaves no folder
-        _lock(output_dir, lock)
+        _take_folder(output_dir, lock)  # only now: whatever can be refused was refused above, and leaves no folder
         saver = AtomicSaver(
             model=task.get_trainable_module(),
             optimizer=optimizer,
@@ -162,8 +162,14 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
             _logger.warning(
                 f'--push-to-hub {args.push_to_hub}: the run was interrupted, so it is not pushed; '
                 f'python -m timm_kd.hub push {output_dir} {args.push_to_hub} pushes what there is.')
-        else:
-            _push(args, output_dir)
+        elif args.push_to_hub:
+            push_run(
+                output_dir,
+                args.push_to_hub,
+                private=args.hub_private,
+                revision=args.hub_revision,
+                license=args.hub_license,
+            )
 
 
 def _output_dir(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
@@ -186,15 +192,10 @@ def _check_output(args: argparse.Namespace) -> None:
         raise UsageError(f'--output {output}: {existing} cannot be written to.')
 
 
-def _make_folder(path: str) -> None:
+def _take_folder(output_dir: str, lock: FolderLock) -> None:
+    """Make the run's folder where there is none, and lock it against other runs."""
     try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f'--output {os.path.dirname(path)}: {error}') from error
-
-
-def _lock(output_dir: str, lock: FolderLock) -> None:
-    try:
+        os.makedirs(output_dir, exist_ok=True)
         free = lock.acquire(output_dir)
     except OSError as error:
         raise UsageError(f'--experiment {os.path.basename(output_dir)}: {output_dir}: {error.strerror}.') from error
@@ -288,17 +289,6 @@ def _report(saver: AtomicSaver, history: list[dict[str, Any]], record: dict[str,
     if saver.best_metric is not None:
         _logger.info(f'*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})')
     print_results(history, saver.best_epoch, **({'teacher': record['teacher']} if record['teacher'] else {}))
-
-
-def _push(args: argparse.Namespace, output_dir: str) -> None:
-    if args.push_to_hub:
-        push_run(
-            output_dir,
-            args.push_to_hub,
-            private=args.hub_private,
-            revision=args.hub_revision,
-            license=args.hub_license,
-        )
 
 
 if __name__ == '__main__':

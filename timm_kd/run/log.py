@@ -3,8 +3,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,19 @@ def setup_logging(primary: bool = True) -> None:
     if not logging.root.handlers:
         setup_default_logging()
     logging.root.setLevel(logging.INFO if primary else logging.ERROR)
+
+
+@contextmanager
+def progress_bar(total: int, primary: bool, **options: Any) -> Iterator[tqdm]:
+    """Show a progress bar below the log lines, where stderr is a terminal; elsewhere, and on other ranks, none."""
+    visible = primary and sys.stderr is not None and sys.stderr.isatty()
+    known_width = visible and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in some containers
+    size = {'dynamic_ncols': True} if known_width else {'ncols': 80, 'nrows': 24}
+    with (
+        logging_redirect_tqdm() if visible else nullcontext(),
+        tqdm(total=total, disable=not visible, **size, **options) as bar,
+    ):
+        yield bar
 
 
 class RunLog:
@@ -62,12 +75,8 @@ class RunLog:
         self._wandb = _wandb_run(wandb_options) if self.primary and wandb_options is not None else None
 
     def start(self, total_updates: int) -> None:
-        """Open the progress bar, where stderr is a terminal that can show one."""
-        if self.primary and sys.stderr is not None and sys.stderr.isatty():
-            self._stack.enter_context(logging_redirect_tqdm())
-            known_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in some containers
-            size = {'dynamic_ncols': True} if known_width else {'ncols': 80, 'nrows': 24}
-            self._bar = self._stack.enter_context(tqdm(total=total_updates, unit='step', **size))
+        """Open the progress bar."""
+        self._bar = self._stack.enter_context(progress_bar(total_updates, self.primary, unit='step'))
 
     def close(self) -> None:
         """Close the bar and the writers."""
@@ -83,9 +92,8 @@ class RunLog:
 
     def step(self, progress: Progress) -> None:
         """Count an update on the bar."""
-        if self._bar is not None:
-            self._bar.set_description(f'epoch {progress.epoch}', refresh=False)
-            self._bar.update()
+        self._bar.set_description(f'epoch {progress.epoch}', refresh=False)
+        self._bar.update()
 
     def train(self, progress: Progress, totals: StepTotals, lr: float) -> None:
         """Log an update in timm's format, components of the loss behind it; waits for the device."""

@@ -3,11 +3,13 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -16,33 +18,38 @@ from ..errors import UsageError
 from ..process import preserved_random_state
 from ..teacher import Teacher, TeacherEnsemble, create_teacher
 from ..teacher_cache import CachedTeacher, CacheFolder, RowLayout
-from ..teacher_cache.cached_teacher import epoch_rows, num_predictions
+from ..teacher_cache.cached_teacher import epoch_rows
 from ..teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision, read_teacher
 from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_files
 from .base import Setup
 from .data import augmentation_settings, image_mode
-from .training import count_epochs
 
 _logger = logging.getLogger(__name__)
 
 _PATHS = 'data', 'data_dir', 'class_map', 'teacher', 'teacher_class_map', 'pretrained_path', 'initial_checkpoint'
 
 
-def open_teacher(setup: Setup, start_epoch: int) -> Teacher | TeacherEnsemble | CachedTeacher | None:
+def open_teacher(
+        setup: Setup,
+        epochs: Sequence[int],
+        live: bool = False,
+) -> Teacher | TeacherEnsemble | CachedTeacher | None:
     """Load the teacher that the flags name, if they do, or open its stored logits (`--teacher-cache`).
 
+    With stored logits the live teacher is loaded only if the run needs a row that is absent.
+
     Args:
-        setup: The set-up.
-        start_epoch: The first epoch that the run will train.
+        setup: The set-up, with a replayable training loader where logits are stored.
+        epochs: The epochs that the run will read.
+        live: Load the live teacher in any case, to compare with what is stored, and throw nothing away.
 
     Raises:
-        UsageError: If the teacher cannot be had, or its stored logits do not fit the run.
+        UsageError: The teacher cannot be had, or its stored logits were made for another run's data or teacher, are
+            damaged, or do not fit the disk.
     """
     if setup.kd is None or setup.kd.teacher is None:
         return None
-    if not setup.args.teacher_cache:
-        return _create_teacher(setup)
-    return open_cached_teacher(setup, range(start_epoch, count_epochs(setup)))
+    return _open_cache(setup, epochs, live) if setup.args.teacher_cache else _create_teacher(setup)
 
 
 def _create_teacher(setup: Setup) -> Teacher | TeacherEnsemble:
@@ -74,37 +81,41 @@ def evaluate_run_teacher(setup: Setup, teacher: torch.nn.Module) -> tuple[list[d
         The metrics of each member, and the classes `[N]` that the teacher predicts, in the loader's order.
     """
     args, process = setup.args, setup.process
+    world_size = process.world_size
+    if args.teacher_cache:
+        count = _num_predictions(setup)
+        stored = teacher.folder.load_validation(teacher.validation_key, count)
+        if all(process.gather(bool(stored))):  # a rank alone would wait for the others' evaluation in vain
+            for member, result in zip(teacher.members, stored['metrics'], strict=True):
+                top1, top5 = result['top1'], result['top5']
+                _logger.info(
+                    f'Teacher {member.source}: top-1 {top1:.2f} %, top-5 {top5:.2f} % when it was evaluated')
+            # Ranks are padded with the first samples to equal numbers.
+            own = np.arange(process.rank, -(-count // world_size) * world_size, world_size) % count
+            return stored['metrics'], torch.from_numpy(stored['predictions'][own]).to(process.device)
+    with preserved_random_state():
+        metrics, predictions = evaluate_teacher(
+            teacher.members,
+            setup.open_eval_loader(persistent_workers=False),
+            setup.steps,
+            tta=args.tta,
+            distributed=process.distributed,
+        )
+    if args.teacher_cache:
+        whole = torch.stack(process.gather(predictions.cpu()), dim=1).flatten()[:count]
+        if process.primary:
+            teacher.folder.save_validation(teacher.validation_key, metrics, whole.numpy())
+    return metrics, predictions
 
-    def evaluate() -> tuple[list[dict[str, float]], torch.Tensor]:
-        with preserved_random_state():
-            loader = setup.open_eval_loader(persistent_workers=False)
-            return evaluate_teacher(
-                teacher.members, loader, setup.steps, tta=args.tta, distributed=process.distributed,
-            )
 
-    if not args.teacher_cache:
-        return evaluate()
-    return teacher.validation(setup.eval_loader, process.gather, evaluate, tta=args.tta)
+def _num_predictions(setup: Setup) -> int:
+    """Return how many predictions all ranks make for the validation set; under `--tta`, with those for padded rows."""
+    count, tta, world_size = len(setup.eval_loader.dataset), setup.args.tta, setup.process.world_size
+    return -(-count // world_size) // tta * world_size if tta > 1 else count
 
 
-def open_cached_teacher(
-        setup: Setup,
-        epochs: Sequence[int],
-        live: bool = False,
-        must_store: bool = False,
-) -> CachedTeacher:
-    """Open `--teacher-cache`, and load the live teacher if this run needs a row that is absent.
-
-    Args:
-        setup: The set-up, with a replayable training loader.
-        epochs: Epochs that the run will read.
-        live: Load the live teacher in any case, to compare with what is stored, and throw nothing away.
-        must_store: Whether a disk that fills up ends the run.
-
-    Raises:
-        UsageError: The cache was filled for another run's data or teacher, is damaged, or does not fit the disk.
-    """
-    args, process, data, eval_loader = setup.args, setup.process, setup.data, setup.eval_loader
+def _open_cache(setup: Setup, epochs: Sequence[int], live: bool) -> CachedTeacher:
+    args, process, data = setup.args, setup.process, setup.data
     _check_supported(setup, epochs)
     by_position = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
     count = len(data.loader) * args.batch_size * process.world_size if by_position else len(data.dataset)
@@ -122,32 +133,33 @@ def open_cached_teacher(
             rebuild=rebuild and process.primary,
             teacher=teacher.fingerprint() if teacher is not None and process.primary else None,
         )
-    wanted = eval_loader is not None and not args.no_teacher_eval
+    wanted = setup.eval_loader is not None and not args.no_teacher_eval
     validation = _validation_key(setup) if wanted else None
     sampler = data.loader.batch_sampler
-
-    def cached(teacher: torch.nn.Module | None, members: Sequence[Any] = ()) -> CachedTeacher:
-        return CachedTeacher(
-            folder, layout, sampler, by_position, process.device, teacher, members, validation, must_store,
-        )
-
+    cached = partial(
+        CachedTeacher, folder, layout, sampler, by_position, process.device, validation_key=validation,
+    )
     if live:
         return cached(teacher)
     epochs = sampler.distinct(epochs)
     complete = folder.covers(epochs, lambda epoch: epoch_rows(sampler, by_position, epoch))
     members = read_members(folder.path)
-    knows_validation = validation is None or bool(
-        folder.load_validation(validation, num_predictions(eval_loader, args.tta)))
-    if all(process.gather(complete and knows_validation and members is not None)):
+    validated = validation is None or bool(folder.load_validation(validation, _num_predictions(setup)))
+    if all(process.gather(complete and validated and members is not None)):
         _logger.info(f'Teacher cache {folder.path}: all rows are there, the teacher is not needed.')
-        return cached(None, [SimpleNamespace(**member) for member in members])
+        return cached(members=[SimpleNamespace(**member) for member in members])
     if not complete:
         folder.check_space(epochs)
     if teacher is None:
         teacher = _create_teacher(setup)
         if process.primary:
             fingerprint = teacher.fingerprint()
-            _check_precision(folder.path, setup.kd.teacher_dtype, fingerprint)
+            stored, own = read_precision(folder.path), precision_of(fingerprint)
+            if setup.kd.teacher_dtype == 'auto' and stored not in (None, own):
+                raise UsageError(
+                    f'--teacher-cache {folder.path} was filled by a teacher in {stored}, and --teacher-dtype auto is '
+                    f'{own} on this machine: add --teacher-dtype {stored}.'
+                )
             folder.claim_teacher(fingerprint)
         process.barrier()
     if process.primary:
@@ -163,9 +175,8 @@ def _check_supported(setup: Setup, epochs: Sequence[int]) -> None:
     """Refuse what stored logits cannot follow."""
     args = setup.args
     distinct, off = args.teacher_cache_epochs, args.mixup_off_epoch
-    cache = f'--teacher-cache {args.teacher_cache}'
     if os.name != 'posix':
-        raise UsageError(f'{cache}: needs the file locks of Linux or macOS, leave it out.')
+        raise UsageError(f'--teacher-cache {args.teacher_cache}: needs the file locks of Linux or macOS, leave it out.')
     if args.teacher_cache_topk and args.teacher_cache_topk >= args.num_classes:
         raise UsageError(
             f'--teacher-cache-topk {args.teacher_cache_topk}: there are {args.num_classes} classes, leave it out or '
@@ -231,53 +242,36 @@ def _augmentation(setup: Setup) -> Key:
 
 
 def _teacher_key(setup: Setup) -> Key:
-    args, kd = setup.args, setup.kd
+    args, kd, folder = setup.args, setup.kd, Path(setup.args.teacher_cache)
     specs = [kd.teacher] if isinstance(kd.teacher, str) else list(kd.teacher)
+    try:
+        stored, precision = read_teacher(folder / KEY_FILE), read_precision(folder)
+    except OtherKey:  # a damaged file, which opening the folder will refuse or clear
+        stored, precision = {}, None
+    members = []
+    for number, spec in enumerate(specs):
+        try:
+            members.append(fingerprint_teacher(spec))
+        except UsageError:
+            # A complete cache stands in for a teacher that is no longer there.
+            known = [member['source'] for member in read_members(folder) or ()]
+            if known != specs or 'members' not in stored:
+                raise
+            _logger.warning(f'--teacher {spec} is not there: trusting the logits in {folder}.')
+            members.append(stored['members'][number])
     class_map = args.teacher_class_map
     return {
-        'members': [_member_key(args.teacher_cache, number, spec) for number, spec in enumerate(specs)],
+        'members': members,
         'model': args.teacher_model,
         'kwargs': args.teacher_kwargs,
         'ema': args.teacher_ema,
         'img_size': args.teacher_img_size,
-        'dtype': _requested_precision(args.teacher_cache, kd.teacher_dtype),
+        # `auto` and the precision that it was at the fill are the same.
+        'dtype': 'auto' if stored.get('dtype') == 'auto' and precision == kd.teacher_dtype else kd.teacher_dtype,
         'autocast': args.amp_dtype if kd.teacher_dtype == 'amp' else None,
         'class_map': hash_files(class_map) if class_map and os.path.isfile(class_map) else class_map,
         'class_map_missing': args.teacher_class_map_missing,
     }
-
-
-def _requested_precision(folder: str, requested: str) -> str:
-    """Return `--teacher-dtype` as the key has it: `auto` and the precision that it was at the fill are the same."""
-    try:
-        same = read_teacher(Path(folder, KEY_FILE)).get('dtype') == 'auto' and \
-            read_precision(Path(folder)) == requested
-    except OtherKey:
-        same = False  # a damaged file, which opening the folder will refuse or clear
-    return 'auto' if same else requested
-
-
-def _check_precision(folder: Path, requested: str, teacher: Key) -> None:
-    """Name the precision to give where `auto` is another one on this machine than it was on the one that filled."""
-    stored, own = read_precision(folder), precision_of(teacher)
-    if requested == 'auto' and stored not in (None, own):
-        raise UsageError(
-            f'--teacher-cache {folder} was filled by a teacher in {stored}, and --teacher-dtype auto is {own} on this '
-            f'machine: add --teacher-dtype {stored}.'
-        )
-
-
-def _member_key(folder: str, number: int, spec: str) -> Key:
-    try:
-        return fingerprint_teacher(spec)
-    except UsageError:
-        # A complete cache stands in for a teacher that is no longer there.
-        members = read_members(Path(folder)) or []
-        if [member['source'] for member in members[number:number + 1]] != [spec]:
-            raise
-        _logger.warning(f'--teacher {spec} is not there: trusting the logits in {folder}.')
-        stored = read_teacher(Path(folder, KEY_FILE)).get('members', [])
-        return stored[number] if number < len(stored) else {}
 
 
 def _validation_key(setup: Setup) -> str:

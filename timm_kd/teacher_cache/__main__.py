@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def describe(folder: Path) -> str:
     for member in read_members(folder) or ():
         lines.append(f'teacher   {member["source"]} ({member["model_name"]}, {member["num_params"]} parameters)')
     for validation in map(read_validation, sorted(folder.glob(VALIDATION_FILES))):
-        for metrics in json.loads(str(validation.get('metrics', '[]'))):
+        for metrics in validation.get('metrics', ()):
             lines.append(f'          top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % in validation')
     lines.append(
         f'rows      {rows["count"]} an epoch, by {rows["by"]}, {rows["classes"]} classes as {rows["dtype"]}'
@@ -65,9 +66,8 @@ def describe(folder: Path) -> str:
     )
     total = 0
     for path in epoch_files(folder).values():
-        file = EpochFile(path, rows['count'], layout.row_bytes, writable=False)
-        present = int(np.count_nonzero(file.checksums))
-        file.close()
+        with closing(EpochFile(path, rows['count'], layout.row_bytes, writable=False)) as file:
+            present = int(np.count_nonzero(file.checksums))
         num_bytes = path.stat().st_blocks * 512
         total += num_bytes
         lines.append(f'{path.name}  {present} rows ({100 * present / rows["count"]:.1f} %), {format_bytes(num_bytes)}')

@@ -1,22 +1,16 @@
 """A teacher that remembers: stored logits where there are any, else the live teacher's, which are stored."""
-import json
-import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..replay import ReplayBatchSampler
-from .epoch_file import DiskFull, EpochFile
+from .epoch_file import EpochFile
 from .folder import CacheFolder
 from .layout import RowLayout
-
-_logger = logging.getLogger(__name__)
 
 _MAX_PENDING = 2
 
@@ -38,8 +32,7 @@ class CachedTeacher(nn.Module):
         device: Where the logits are wanted.
         teacher: The live teacher; None where all rows are present.
         members: What is known of the single teachers (`source`, `model_name`, `num_params`) where none is live.
-        validation_key: What the teacher's validation depends on; needed for `validation`.
-        must_store: Whether a disk that fills up ends the run; else it goes on with the live teacher and stores no more.
+        validation_key: What the teacher's validation depends on, under which the folder has it; None to make none.
     """
 
     def __init__(
@@ -52,7 +45,6 @@ class CachedTeacher(nn.Module):
             teacher: nn.Module | None = None,
             members: Sequence[Any] = (),
             validation_key: str | None = None,
-            must_store: bool = False,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -63,8 +55,6 @@ class CachedTeacher(nn.Module):
         self.teacher = teacher
         self.members = list(members) if teacher is None else teacher.members
         self.validation_key = validation_key
-        self.must_store = must_store
-        self._stores = folder.writable
         self._copies = HostCopies(device)
         self._file: EpochFile | None = None
         self._pass = self._batch = -1
@@ -87,7 +77,7 @@ class CachedTeacher(nn.Module):
 
         Raises:
             RuntimeError: The images are not those of the next batch, or their rows are absent and no teacher is there.
-            DiskFull: There is no room for the rows, and they must be stored.
+            UsageError: The disk has no room for the rows.
         """
         rows = self._next_rows()
         if len(rows) != len(images):
@@ -98,7 +88,7 @@ class CachedTeacher(nn.Module):
             raise RuntimeError(f'{self.folder.path} lost rows during the run, and no teacher is there to compute them.')
         else:
             packed = self.layout.pack(self.teacher(images))
-            if self._stores:
+            if self.folder.writable:
                 self._copies.start(rows, packed)
                 self._write_arrived()
             logits = self.layout.unpack(packed)
@@ -113,12 +103,8 @@ class CachedTeacher(nn.Module):
         else:
             self.flush()
             self._pass, self._batch = sampler.num_passes, sampler.start_batch
-            if self._stores:
-                with self._going_on_when_full():
-                    self._file = self.folder.open_epoch(sampler.epoch)
-            # A file that there was no room to make is empty.
-            if self._file is None and self.folder.has_epoch(sampler.epoch):
-                self._file = self.folder.open_epoch(sampler.epoch, writable=False)
+            if self.folder.writable or self.folder.has_epoch(sampler.epoch):
+                self._file = self.folder.open_epoch(sampler.epoch)
         return self._rows_of(self._batch)
 
     def _rows_of(self, batch: int) -> np.ndarray:
@@ -132,29 +118,14 @@ class CachedTeacher(nn.Module):
         return self._copies.to_device(buffer)
 
     def _write_arrived(self, wait: bool = False) -> None:
-        with self._going_on_when_full():
-            for rows, data in self._copies.arrived(wait):
-                self._file.write(rows, data)
-
-    @contextmanager
-    def _going_on_when_full(self) -> Iterator[None]:
-        """Train on without storing when the disk is full: a training run is worth more than its cache."""
-        try:
-            yield
-        except DiskFull as error:
-            if self.must_store or self.teacher is None:
-                raise
-            self._copies.drop()
-            self._stores = False
-            _logger.warning(f'{error} This run goes on with the live teacher and stores no more.')
+        for rows, data in self._copies.arrived(wait):
+            self._file.write(rows, data)
 
     def flush(self) -> None:
         """Write the rows that are on their way and bring the epoch's file to the disk."""
-        if self._file is None:
-            return
-        self._write_arrived(wait=True)
-        file, self._file = self._file, None
-        with self._going_on_when_full():
+        if self._file is not None:
+            self._write_arrived(wait=True)
+            file, self._file = self._file, None
             file.close()
 
     def close(self) -> None:
@@ -170,45 +141,6 @@ class CachedTeacher(nn.Module):
             # After an error of the device, waiting for a copy would raise a second one in its place.
             self._copies.drop()
         self.close()
-
-    def validation(
-            self,
-            loader: DataLoader,
-            gather: Callable[[Any], list[Any]],
-            evaluate: Callable[[], tuple[list[dict[str, float]], torch.Tensor]],
-            tta: int = 0,
-    ) -> tuple[list[dict[str, float]], torch.Tensor]:
-        """Recall the teacher's validation, or have it made and store it.
-
-        Args:
-            loader: The validation loader, in whose order the predictions are wanted; each rank has every
-                world-size-th sample.
-            gather: Returns the values that all ranks give, in the order of the ranks.
-            evaluate: Evaluates the live teacher: metrics of each member, and its classes `[N]` in that order.
-            tta: Rows side by side on a rank for which one class is predicted; 0: one for each row.
-
-        Returns:
-            The same, from the cache where it is there.
-        """
-        rank, world_size = getattr(loader.sampler, 'rank', 0), getattr(loader.sampler, 'num_replicas', 1)
-        count = num_predictions(loader, tta)
-        stored = self.folder.load_validation(self.validation_key, count)
-        if all(gather(bool(stored))):  # a rank alone would wait for the others' evaluation in vain
-            # Ranks are padded with the first samples to equal numbers.
-            own = np.arange(rank, -(-count // world_size) * world_size, world_size) % count
-            metrics = json.loads(str(stored['metrics']))
-            for member, result in zip(self.members, metrics, strict=True):
-                top1, top5 = result['top1'], result['top5']
-                _logger.info(f'Teacher {member.source}: top-1 {top1:.2f} %, top-5 {top5:.2f} % when it was evaluated')
-            return metrics, torch.from_numpy(stored['predictions'][own]).to(self.device)
-        metrics, predictions = evaluate()
-        whole = torch.stack(gather(predictions.cpu()), dim=1).flatten()[:count]
-        if rank == 0:
-            with self._going_on_when_full():
-                self.folder.save_validation(
-                    self.validation_key, metrics=json.dumps(metrics), predictions=whole.numpy(),
-                )
-        return metrics, predictions
 
 
 class HostCopies:
@@ -263,12 +195,6 @@ class HostCopies:
     def drop(self) -> None:
         """Forget what is on its way."""
         self._pending.clear()
-
-
-def num_predictions(loader: DataLoader, tta: int = 0) -> int:
-    """Return how many predictions all ranks make for a validation set; under `tta`, with those for padded rows."""
-    count, world_size = len(loader.dataset), getattr(loader.sampler, 'num_replicas', 1)
-    return -(-count // world_size) // tta * world_size if tta > 1 else count
 
 
 def epoch_rows(batch_sampler: ReplayBatchSampler, by_position: bool, epoch: int) -> np.ndarray:

@@ -11,7 +11,6 @@ whoever opens the file next drops the rows whose checksum does not hold.
 Several processes may write one file at once: a row's content follows from its number, so whoever comes second writes
 the same.
 """
-import errno
 import logging
 import mmap
 import os
@@ -31,18 +30,14 @@ _PAGE = 4096  # of the file; a machine's own may be larger
 _ROWS_AT_ONCE = 4096
 
 
-class DiskFull(UsageError):
-    """The disk of a cache has no more room."""
-
-
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Raise a UsageError in place of an OSError, `DiskFull` for want of room."""
+    """Raise a UsageError in place of an OSError."""
     try:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise DiskFull(
+            raise UsageError(
                 f"teacher cache '{path}': the disk is full. What is stored so far is kept: make room and start again, "
                 'or store less with `num_epochs` or `topk`.'
             ) from error
@@ -75,8 +70,8 @@ class EpochFile:
         checksums: CRC-32 of the rows, `[N]` uint32, 0 where absent; live while the file is writable.
 
     Raises:
-        UsageError: The file has another size, so it was cut short or holds other rows; or it cannot be opened.
-        DiskFull: There is no room for its head.
+        UsageError: The file has another size, so it was cut short or holds other rows; it cannot be opened, or there is
+            no room for its head.
     """
 
     def __init__(self, path: Path, num_rows: int, row_bytes: int, writable: bool) -> None:
@@ -84,33 +79,27 @@ class EpochFile:
         self.row_bytes = row_bytes
         self.writable = writable
         self._rows_at = _head_size(num_rows)
+        size = epoch_file_size(num_rows, row_bytes)
         with explained(path):
-            self._fd = open_regular(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
-        try:
-            self._allocate(epoch_file_size(num_rows, row_bytes))
-        except BaseException:
-            os.close(self._fd)
-            raise
-        self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY)
+            fd = open_regular(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
+            self._file = open(fd, 'rb+' if writable else 'rb', buffering=0)
+            found = os.fstat(fd).st_size
+            if found == 0 and writable:
+                self._file.truncate(size)
+                if hasattr(os, 'posix_fallocate'):
+                    # The head is written through the map, where a full disk would be a SIGBUS.
+                    os.posix_fallocate(fd, 0, self._rows_at)
+            elif found != size:
+                raise UsageError(
+                    f"teacher cache '{path.parent}': {path.name} has {found} bytes instead of {size}, it was cut "
+                    'short: delete it to have its rows computed again.'
+                )
+        self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY)
         self._unsynced = np.frombuffer(self._map, np.uint8, 1)
         self.checksums = np.frombuffer(self._map, np.uint32, num_rows, offset=_PAGE)
         self._rows = np.frombuffer(self._map, np.uint8, offset=self._rows_at).reshape(num_rows, row_bytes)
         if self._unsynced[0]:
             self.drop_damaged()
-
-    def _allocate(self, size: int) -> None:
-        found = os.fstat(self._fd).st_size
-        if found == 0 and self.writable:
-            with explained(self.path):
-                os.ftruncate(self._fd, size)
-                if hasattr(os, 'posix_fallocate'):
-                    # The head is written through the map, where a full disk would be a SIGBUS.
-                    os.posix_fallocate(self._fd, 0, self._rows_at)
-        elif found != size:
-            raise UsageError(
-                f'teacher cache: {self.path} has {found} bytes instead of {size}, it was cut short: delete it to '
-                'have its rows computed again.'
-            )
 
     def has(self, rows: np.ndarray) -> np.ndarray:
         """Tell for row numbers `[B]` which are present."""
@@ -130,7 +119,7 @@ class EpochFile:
         """Write rows `[B]`, `data` `[B, row_bytes]` uint8.
 
         Raises:
-            DiskFull: There is no room for them.
+            UsageError: There is no room for them.
         """
         self._unsynced[0] = 1
         neighbours = np.flatnonzero(np.diff(rows) != 1) + 1
@@ -139,41 +128,28 @@ class EpochFile:
             offset = self._rows_at + int(rows[start]) * self.row_bytes
             with explained(self.path):
                 while len(left):
-                    written = os.pwrite(self._fd, left, offset)  # through the map, a full disk would be a SIGBUS
-                    if written == 0:
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                    written = os.pwrite(self._file.fileno(), left, offset)  # through the map, a full disk is a SIGBUS
                     left, offset = left[written:], offset + written
         self.checksums[rows] = _checksums_of(data)
 
-    def damaged(self) -> np.ndarray:
-        """Return the numbers of the present rows whose checksum does not hold."""
+    def drop_damaged(self) -> np.ndarray:
+        """Make absent the rows whose checksum does not hold, and return their numbers."""
         present = np.flatnonzero(self.checksums)
         blocks = np.split(present, range(_ROWS_AT_ONCE, len(present), _ROWS_AT_ONCE))
         held = [_checksums_of(self._rows[block]) == self.checksums[block] for block in blocks]
-        return present[~np.concatenate(held)]
-
-    def drop_damaged(self) -> None:
-        """Make absent what did not reach the disk before the machine stopped."""
-        damaged = self.damaged()
+        damaged = present[~np.concatenate(held)]
         self.checksums[damaged] = 0
         if len(damaged):
             _logger.warning(f'{self.path}: {len(damaged)} rows are damaged and count as absent.')
+        return damaged
 
     def close(self) -> None:
         """Bring the rows to the disk, and say so in the file.
 
         Raises:
-            DiskFull: They did not fit after all; the file is closed all the same.
+            UsageError: They did not fit after all.
         """
-        if self._fd is None:
-            return
-        fd, self._fd = self._fd, None
-        try:
+        with explained(self.path), self._file:
             if self.writable and self._unsynced[0]:
-                with explained(self.path):
-                    os.fsync(fd)
+                os.fsync(self._file.fileno())
                 self._unsynced[0] = 0
-        finally:
-            os.close(fd)
-            # The map goes with its last view.
-            self._map = self._unsynced = self.checksums = self._rows = None

@@ -17,14 +17,14 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..files import open_regular
 from .epoch_file import EpochFile, epoch_file_size, explained
 from .key import Key, OtherKey, claim_key, read_key, temporary_file, write_new
@@ -37,7 +37,7 @@ KEY_FILE, LOCK_FILE, TEACHER_FILE, MEMBERS_FILE, ARGS_FILE = \
     'key.json', 'lock', 'teacher.json', 'members.json', 'args.yaml'
 VALIDATION_FILES = 'validation-*.npz'
 _NAMES = re.compile(
-    r'lock|args\.yaml|(key|teacher|members)\.json|epoch-[0-9]{4,9}\.logits|validation-[0-9a-f]{12}\.npz|\.new-[0-9a-f]+'
+    r'args\.yaml|(key|teacher|members)\.json|epoch-([0-9]{4}|[1-9][0-9]{4,8})\.logits|validation-[0-9a-f]{12}\.npz'
 )
 _MEMBER = {'source', 'model_name', 'num_params'}
 _READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
@@ -80,7 +80,7 @@ class CacheFolder:
         self._lock = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_new()
+            self._check_ours(rebuild)
             # A file object: the lock of a run that fails goes with the last reference to it.
             self._lock = open(open_regular(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT), 'rb+')
         except OSError as error:
@@ -97,14 +97,22 @@ class CacheFolder:
             self.close()
             raise
 
-    def _check_new(self) -> None:
-        """Refuse a folder without a key that holds anything: it is no cache, and as one it might be cleared."""
-        others = sorted(name for name in os.listdir(self.path) if name != LOCK_FILE and not name.startswith('.new-'))
-        if others and not os.path.lexists(self.path / KEY_FILE):
-            raise UsageError(
-                f"teacher cache '{self.path}' holds {others[0]} and no {KEY_FILE}, so it is no teacher cache: give a "
-                'new or an empty folder.'
-            )
+    def _check_ours(self, rebuild: bool) -> None:
+        """Refuse a folder with files of another kind: taken for a cache, it might be cleared."""
+        names = [name for name in os.listdir(self.path) if name != LOCK_FILE and not name.startswith('.new-')]
+        if KEY_FILE not in names:
+            if names:
+                raise UsageError(
+                    f"teacher cache '{self.path}' holds {min(names)} and no {KEY_FILE}, so it is no teacher cache: "
+                    'give a new or an empty folder.'
+                )
+            return
+        try:
+            if 'format' not in read_key(self.path / KEY_FILE):
+                raise UsageError(f"teacher cache '{self.path}': its {KEY_FILE} is not that of a teacher cache.")
+        except OtherKey:
+            if not rebuild or not all(_NAMES.fullmatch(name) for name in names):
+                raise
 
     def _share(self, exclusive: bool = False) -> None:
         import fcntl  # not on Windows, where only this feature is missed
@@ -117,9 +125,7 @@ class CacheFolder:
 
     def _claim(self, key: Key, teacher: Key | None, rebuild: bool) -> None:
         path = self.path / KEY_FILE
-        if os.path.lexists(path):
-            self._check_format(path, rebuild)
-        elif not self.writable:
+        if not self.writable and not os.path.lexists(path):
             raise UsageError(f"teacher cache '{self.path}' is empty and cannot be written: use another folder.")
         try:
             claim_key(path, key)
@@ -131,17 +137,6 @@ class CacheFolder:
                 raise
             self._clear()
             self._claim(key, teacher, rebuild=False)
-
-    def _check_format(self, path: Path, rebuild: bool) -> None:
-        """Refuse a key.json of another program, with its folder; a damaged one may be cleared among a cache's files."""
-        try:
-            stored = read_key(path)
-        except OtherKey:
-            if rebuild and all(_NAMES.fullmatch(name) for name in os.listdir(self.path)):
-                return
-            raise
-        if 'format' not in stored:
-            raise UsageError(f"teacher cache '{self.path}': its {path.name} is not that of a teacher cache.")
 
     def claim_teacher(self, teacher: Key) -> None:
         """Write down what the live teacher says of itself, or check that it is the one that filled the cache.
@@ -177,14 +172,21 @@ class CacheFolder:
             self._lock.close()
             self._lock = None
 
+    def open_epoch(self, epoch: int) -> EpochFile:
+        """Open an epoch's file, which is made where it is absent and the folder writable."""
+        return EpochFile(epoch_path(self.path, epoch), self.num_rows, self.row_bytes, self.writable)
+
     def has_epoch(self, epoch: int) -> bool:
         """Tell whether there is a file of an epoch; an empty one was left where there was no room for it."""
         path = epoch_path(self.path, epoch)
         return os.path.lexists(path) and path.lstat().st_size > 0
 
-    def open_epoch(self, epoch: int, writable: bool = True) -> EpochFile:
-        """Open an epoch's file."""
-        return EpochFile(epoch_path(self.path, epoch), self.num_rows, self.row_bytes, writable and self.writable)
+    def present(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Tell for row numbers `[N]` of an epoch which are present."""
+        if not self.has_epoch(epoch):
+            return np.zeros(len(rows), dtype=bool)
+        with closing(self.open_epoch(epoch)) as file:
+            return file.has(rows)
 
     def covers(self, epochs: Iterable[int], needed_rows: Callable[[int], np.ndarray]) -> bool:
         """Tell whether all rows that a run will read are present.
@@ -193,16 +195,7 @@ class CacheFolder:
             epochs: Epochs of the cache.
             needed_rows: Gives the row numbers needed of an epoch; asked only while all before are present.
         """
-        for epoch in epochs:
-            if not self.has_epoch(epoch):
-                return False
-            file = self.open_epoch(epoch)
-            try:
-                if not (file.checksums.all() or file.has(needed_rows(epoch)).all()):
-                    return False
-            finally:
-                file.close()
-        return True
+        return all(self.present(epoch, needed_rows(epoch)).all() for epoch in epochs)
 
     def check_space(self, epochs: Iterable[int]) -> None:
         """Log what the epochs will take, and refuse a disk or folder that cannot take it.
@@ -232,31 +225,23 @@ class CacheFolder:
                 'disk.'
             )
 
-    def load_validation(self, key: str, count: int) -> dict[str, np.ndarray]:
-        """Return the arrays of the teacher's validation on `count` images under a key, or an empty dict."""
+    def load_validation(self, key: str, count: int) -> dict[str, Any]:
+        """Return what is stored of the teacher's validation on `count` images under a key, or an empty dict."""
         stored = read_validation(_validation_path(self.path, key))
-        return stored if str(stored.get('key')) == key and len(stored['predictions']) == count else {}
+        return stored if stored.get('key') == key and len(stored['predictions']) == count else {}
 
-    def save_validation(self, key: str, **arrays: Any) -> None:
-        """Store the arrays of the teacher's validation under a key; nothing where it cannot be written."""
-        if not self.writable:
-            return
-        with explained(self.path), temporary_file(self.path) as file:
-            np.savez(file, key=key, **arrays)
-            file.flush()
-            os.replace(file.name, _validation_path(self.path, key))
+    def save_validation(self, key: str, metrics: list[dict[str, float]], predictions: np.ndarray) -> None:
+        """Store the teacher's validation under a key, unless the folder cannot be written."""
+        if self.writable:
+            with explained(self.path), temporary_file(self.path) as file:
+                np.savez(file, key=key, metrics=json.dumps(metrics), predictions=predictions)
+                file.flush()
+                os.replace(file.name, _validation_path(self.path, key))
 
 
 def epoch_files(folder: Path) -> dict[int, Path]:
-    """Return the files of a cache's epochs, by epoch; a file whose name is nearly one of them is named in a warning."""
-    found = {}
-    for path in sorted(folder.glob('epoch-*.logits')):
-        match = re.fullmatch(r'epoch-([0-9]{4,9})\.logits', path.name)
-        if match and path == epoch_path(folder, int(match[1])):
-            found[int(match[1])] = path
-        else:
-            _logger.warning(f'{path} is no epoch of a teacher cache and is left alone.')
-    return found
+    """Return the files of a cache's epochs, by epoch."""
+    return {int(path.name[6:-7]): path for path in sorted(folder.glob('epoch-*.logits')) if _NAMES.fullmatch(path.name)}
 
 
 def epoch_path(folder: Path, epoch: int) -> Path:
@@ -314,26 +299,28 @@ def read_members(folder: Path) -> list[dict[str, Any]] | None:
     return members
 
 
-def read_validation(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a validation file; an empty dict where it is absent or damaged.
+def read_validation(path: Path) -> dict[str, Any]:
+    """Return what a file says of the teacher's validation; an empty dict where it is absent or damaged.
+
+    Returns:
+        `key`; `metrics`, those of each member; and `predictions`, the classes `[N]` that the teacher predicts.
 
     Raises:
         UsageError: It is a link, or no file.
     """
     try:
         with open(open_regular(path, os.O_RDONLY), 'rb') as file, np.load(file) as stored:  # allow_pickle is off
-            arrays = dict(stored)
-        metrics = json.loads(str(arrays['metrics']))
-        if arrays['predictions'].ndim == 1 and all({'top1', 'top5'} <= member.keys() for member in metrics):
-            return arrays
+            metrics, predictions = json.loads(str(stored['metrics'])), stored['predictions']
+            if predictions.ndim != 1 or not all({'top1', 'top5'} <= member.keys() for member in metrics):
+                raise ValueError('its fields are of other kinds')
+            return {'key': str(stored['key']), 'metrics': metrics, 'predictions': predictions}
     except FileNotFoundError:
         return {}
     except UsageError:
         raise
-    except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile):
-        pass
-    _logger.warning(f'{path} is damaged and counts as absent.')
-    return {}
+    except Exception as error:  # NumPy raises nearly anything for a damaged file
+        _logger.warning(f'{path} is damaged and counts as absent: {shortened(error)}')
+        return {}
 
 
 def _validation_path(folder: Path, key: str) -> Path:

@@ -131,20 +131,20 @@ def fingerprint_dataset(dataset: Dataset) -> dict[str, Any]:
     samples = getattr(reader, 'samples', None)
     if isinstance(samples, list) and isinstance(samples[0][0], str):
         root = str(getattr(reader, 'root', os.path.commonpath([samples[0][0], samples[-1][0]])))
-        found['files'] = _hash(f'{path.removeprefix(root)} {target}' for path, target in samples)
-        found['sizes'] = _hash(str(os.path.getsize(path)) for path, _ in _spread(samples, _MAX_SIZES))
+        found['files'] = _hash_lines(f'{path.removeprefix(root)} {target}' for path, target in samples)
+        found['sizes'] = _hash_lines(str(os.path.getsize(path)) for path, _ in _spread(samples, _MAX_SIZES))
     elif hasattr(getattr(reader, 'dataset', None), '_fingerprint'):
         return {**found, 'files': reader.dataset._fingerprint}  # of Hugging Face datasets: of data and transforms
     elif isinstance(reader, Reader):
-        found['files'] = _hash(reader.filenames())
+        found['files'] = _hash_lines(reader.filenames())
     if isinstance(reader, Reader):
-        found['contents'] = _hash_blocks(_contents(reader))
+        found['contents'] = _hash(_contents(reader))
     elif hasattr(dataset, 'data'):  # torchvision's data sets in memory
-        found['contents'] = _hash_blocks(np.asarray(image).tobytes() for image in _spread(dataset.data, _MAX_CONTENTS))
+        found['contents'] = _hash(np.asarray(image).tobytes() for image in _spread(dataset.data, _MAX_CONTENTS))
     if hasattr(reader, 'targets'):
-        found['targets'] = _hash(str(target) for target in reader.targets)
+        found['targets'] = _hash_lines(str(target) for target in reader.targets)
     if getattr(reader, 'class_to_idx', None):
-        found['classes'] = _hash(f'{name} {index}' for name, index in reader.class_to_idx.items())
+        found['classes'] = _hash_lines(f'{name} {index}' for name, index in reader.class_to_idx.items())
     return found
 
 
@@ -188,21 +188,21 @@ def _spread(items: Sequence, count: int) -> Sequence:
     return items[::-(-len(items) // count)]
 
 
-def _hash(lines: Iterable[str]) -> str:
-    return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
-
-
 def hash_files(*paths: str | Path) -> str:
     """Return the sha256 of the content of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, 'rb') as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    def blocks() -> Iterator[bytes]:
+        for path in paths:
+            with open(path, 'rb') as file:
+                while block := file.read(1 << 20):
+                    yield block
+    return _hash(blocks())
 
 
-def _hash_blocks(blocks: Iterable[bytes]) -> str:
+def _hash_lines(lines: Iterable[str]) -> str:
+    return _hash(['\n'.join(lines).encode(errors='surrogateescape')])
+
+
+def _hash(blocks: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for block in blocks:
         digest.update(block)
