@@ -109,6 +109,13 @@ def test_teacher_cache_implies_replayable_data(tmp_path):
     assert args.replayable_data
 
 
+def test_several_crops_of_an_image_imply_replayable_data(tmp_path):
+    assert not parse(tmp_path, '--crops-per-image', '1').replayable_data
+    # An image alone in its batch is mixed with itself; an even number of images never is.
+    for flags in ('--crops-per-image 4', '--crops-per-image 8 -b 8 --mixup 1', '--crops-per-image 4 -b 24 --cutmix 1'):
+        assert parse(tmp_path, *flags.split()).replayable_data
+
+
 def test_teacher_model_goes_with_a_file(tmp_path):
     weights = tmp_path / 'teacher.pth'
     weights.touch()

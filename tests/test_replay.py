@@ -35,7 +35,8 @@ def image_folder(tmp_path_factory):
 
 
 def build(
-        root, workers=0, seed=1, world_size=1, rank=0, batch_size=8, aug_repeats=0, aug_splits=0, mixup=None, **kwargs,
+        root, workers=0, seed=1, world_size=1, rank=0, batch_size=8, aug_repeats=0, aug_splits=0, mixup=None,
+        num_crops=1, **kwargs,
 ):
     """A training loader of timm's, made replayable; ranks are played in one process by setting the sampler's."""
     dataset = create_dataset('', root=str(root), split='train')
@@ -56,7 +57,7 @@ def build(
             loader = sharded
         else:
             loader.loader = sharded
-    return make_replayable(loader, seed)
+    return make_replayable(loader, seed, num_crops=num_crops)
 
 
 def read(loader, epoch=0, start_batch=0):
@@ -87,6 +88,9 @@ PIPELINES = {
     'one set of workers for all epochs': dict(use_multi_epochs_loader=True),
     'resolution schedule': dict(input_size_choices=[16, 24], batch_size_choices=[8, 4]),
     'random crop or pad': dict(train_crop_mode='rkrr'),
+    'two crops, Mixup, erasing': dict(num_crops=2, mixup='batch', re_prob=0.6, re_mode='pixel'),
+    'four crops, RandAugment': dict(num_crops=4, auto_augment='rand-m9-mstd0.5-inc1', use_prefetcher=False, re_prob=.6),
+    'two crops, one set of workers': dict(num_crops=2, use_multi_epochs_loader=True, mixup='elem'),
 }
 
 
@@ -120,9 +124,10 @@ def test_mixup_of_the_training_loop_depends_on_the_batch_alone(image_folder):
     assert same(run(workers=2), expected)
 
 
+@pytest.mark.parametrize('num_crops', [1, 4])
 @pytest.mark.parametrize('workers', [0, 2])
-def test_resuming_inside_an_epoch_continues_with_the_batches_left(image_folder, workers):
-    settings = dict(mixup=mixup_of('pair'), re_prob=0.6, re_mode='pixel')
+def test_resuming_inside_an_epoch_continues_with_the_batches_left(image_folder, workers, num_crops):
+    settings = dict(mixup=mixup_of('pair'), re_prob=0.6, re_mode='pixel', num_crops=num_crops)
     whole = read(build(image_folder, **settings), epoch=3)
     resumed = build(image_folder, workers=workers, **settings)
 
@@ -131,16 +136,23 @@ def test_resuming_inside_an_epoch_continues_with_the_batches_left(image_folder, 
     assert same(read(resumed, epoch=3), whole)
 
 
-@pytest.mark.parametrize('world_size, batch_size', [(2, 8), (4, 8), (5, 10), (5, 20)])
-def test_a_global_batch_holds_the_same_samples_and_pixels_for_any_world_size(image_folder, world_size, batch_size):
-    settings = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.6, re_mode='pixel')
+@pytest.mark.parametrize('world_size, batch_size, num_crops', [
+    (2, 8, 1), (4, 8, 1), (5, 10, 1), (5, 20, 1), (2, 8, 2), (2, 8, 4), (3, 12, 2),
+])
+def test_a_global_batch_holds_the_same_samples_and_pixels_for_any_world_size(
+        image_folder, world_size, batch_size, num_crops,
+):
+    settings = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.6, re_mode='pixel', num_crops=num_crops)
     whole = read(build(image_folder, batch_size=batch_size, **settings), epoch=1)
     ranks = [
         read(build(image_folder, 0, 1, world_size, rank, batch_size // world_size, **settings), epoch=1)
         for rank in range(world_size)
     ]
     dealt = [
-        tuple(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*batches, strict=True))
+        tuple(
+            torch.stack([part.unflatten(0, (-1, num_crops)) for part in parts], dim=1).flatten(0, 2)
+            for parts in zip(*batches, strict=True)
+        )
         for batches in zip(*ranks, strict=True)
     ]
     assert same(dealt, whole)
@@ -385,3 +397,157 @@ def test_streams_start_where_those_of_stored_epochs_and_checkpoints_did():
     assert random.random() == random.Random(seed).random()
     assert np.random.rand() == np.random.RandomState(0x7654_3210).rand()
     assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=expected))
+
+
+# several crops of an image
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('num_crops', [2, 4])
+@pytest.mark.parametrize('settings', [
+    dict(),
+    dict(auto_augment='rand-m9-mstd0.5-inc1', vflip=0.3),
+    dict(auto_augment='augmix-m5-w4-d2', grayscale_prob=0.5),
+    dict(auto_augment='original-mstd0.5', gaussian_blur_prob=0.5),
+    dict(train_crop_mode='rkrc', scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0, color_jitter=None),
+    dict(train_crop_mode='rkrr', use_prefetcher=False, re_prob=0.6, re_mode='pixel', color_jitter=0.4),
+], ids=str)
+def test_crops_are_to_the_bit_those_of_decoding_the_image_for_each(image_folder, settings, num_crops, workers):
+    loader = build(image_folder, workers, num_crops=num_crops, **settings)
+    plain = build(image_folder, **settings)
+    dataset = getattr(plain, 'loader', plain).dataset.dataset
+    for epoch in (0, 3):
+        loader.batch_sampler.set_epoch(epoch)
+        for number, (images, target) in enumerate(getattr(loader, 'loader', loader)):
+            indices = loader.batch_sampler.rows(number)[0].tolist()
+            for row, index in enumerate(indices):
+                seed_generators(derive_seed(1, 1, epoch, index, row % num_crops))
+                pixels, label = dataset[index]
+                assert torch.equal(images[row], torch.as_tensor(pixels)) and target[row] == label
+
+
+@pytest.mark.parametrize('num_crops, batch_size, world_size', [(2, 8, 1), (4, 8, 1), (3, 6, 1), (2, 4, 3), (8, 8, 1)])
+def test_in_as_many_epochs_each_image_is_seen_in_one_with_all_its_crops_side_by_side(
+        num_crops, batch_size, world_size,
+):
+    once, samplers = 101 // (batch_size * world_size), []
+    for rank in range(world_size):
+        sampler = DistributedSampler(Transformed(101), world_size, rank)
+        loader = DataLoader(Transformed(101), batch_size, sampler=sampler, drop_last=True)
+        samplers.append(make_replayable(loader, seed=1, num_crops=num_crops).batch_sampler)
+    orders = []
+    for first in (0, num_crops):
+        seen = []
+        for epoch in range(first, first + num_crops):
+            for sampler in samplers:
+                sampler.set_epoch(epoch)
+                batches = [key.samples for key in sampler]
+                assert len(batches) == len(sampler) == once and {len(batch) for batch in batches} == {batch_size}
+                for batch in batches:
+                    groups = [batch[row:row + num_crops] for row in range(0, batch_size, num_crops)]
+                    assert all(group == group[:1] * num_crops for group in groups)
+                    seen += [group[0] for group in groups]
+        # What does not fill the last global batch of an epoch is dropped, as without crops: 101 - once * B of 101.
+        assert len(seen) == len(set(seen)) == once * batch_size * world_size
+        orders.append(seen)
+    assert orders[0] != orders[1] and set(orders[0]) != set(orders[1])
+
+
+class Transformed:
+    """A data set whose images are their indices, and whose transform draws from the three streams."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.decoded = [*getattr(self, 'decoded', ()), index]
+        return self.transform(index) if self.transform else index, index % NUM_CLASSES
+
+    @staticmethod
+    def transform(image):
+        return image, random.random(), np.random.random(), torch.rand(()).item()
+
+
+def test_an_image_is_decoded_once_for_crops_drawn_under_seed_epoch_index_and_number():
+    data = Transformed(50)
+    key = BatchKey(epoch=4, first=6, stride=2, samples=[7] * 3 + [9] * 3, mixup_enabled=False, num_crops=3)
+    drawn = ReplayDataset(data, seed=42, num_crops=3).__getitems__(key)
+    assert data.decoded == [7, 9]
+    for row, sample in enumerate(drawn):
+        index = key.samples[row]
+        seed_generators(derive_seed(42, 1, 4, index, row % 3))
+        assert sample == (Transformed.transform(index), index % NUM_CLASSES)
+
+
+def test_the_first_crop_of_an_epoch_is_the_one_of_a_loader_without_crops(image_folder):
+    cropped = build(image_folder, num_crops=4)
+    plain = build(image_folder)
+    for epoch in range(4):
+        batches, singles = read(cropped, epoch), read(plain, epoch)
+        order = np.concatenate([plain.batch_sampler.rows(number)[0] for number in range(len(singles))]).tolist()
+        single = {index: x for index, x in zip(order, torch.cat([x for x, _ in singles]), strict=True)}
+        for number, (images, _) in enumerate(batches):
+            for row, index in enumerate(cropped.batch_sampler.rows(number)[0].tolist()):
+                if index in single:
+                    assert torch.equal(images[row], single[index]) == (row % 4 == 0)
+
+
+def test_what_a_loader_keeps_is_filled_up_to_equal_epochs_with_the_first_images_again():
+    sampler = make_replayable(DataLoader(Transformed(11), 6, shuffle=True), seed=1, num_crops=3).batch_sampler
+    seen = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = [key.samples for key in sampler]
+        assert [len(batch) for batch in batches] == [6, 6]  # of 11 images without crops: 6 and 5
+        seen += [index for batch in batches for index in batch[::3]]
+    assert set(seen) == set(range(11)) and seen[11:] == seen[:1]
+
+
+@pytest.mark.parametrize('mode', ['batch', 'elem', 'pair'])
+@pytest.mark.parametrize('batch_size, num_crops', [(8, 4), (8, 2), (12, 3), (4, 4)])
+def test_mixup_mixes_the_batch_as_timm_does_and_no_siblings_but_where_there_is_one_image(mode, batch_size, num_crops):
+    class OwnClasses(Transformed):
+        """A class for each image, so that a mixed target shows of which images it is."""
+        transform = staticmethod(lambda index: torch.zeros(3, 2, 2))
+
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], index
+
+    mixup = FastCollateMixup(mixup_alpha=1.0, prob=1.0, mode=mode, label_smoothing=0.0, num_classes=48)
+    loader = DataLoader(OwnClasses(48), batch_size, shuffle=True, collate_fn=mixup, drop_last=True)
+    loader = make_replayable(loader, seed=1, num_crops=num_crops)
+    for number, (_, target) in enumerate(loader):
+        images = loader.batch_sampler.rows(number)[0].tolist()
+        for row, (own, other) in enumerate(zip(images, reversed(images), strict=True)):
+            assert set(target[row].nonzero().flatten().tolist()) == {own, other}
+            assert (own != other) == (batch_size > num_crops)
+
+
+@pytest.mark.parametrize('settings, reason', [
+    (dict(batch_size=6), 'batch size, 6'),
+    (dict(aug_repeats=3, world_size=3), 'RepeatAugSampler'),
+    (dict(aug_splits=2, auto_augment='augmix-m5'), 'AugMixDataset'),
+    (dict(input_size_choices=[16, 24], batch_size_choices=[8, 4]), 'ScheduledBatchSampler'),
+])
+def test_crops_are_refused_where_a_batch_would_not_hold_whole_images(image_folder, settings, reason):
+    with pytest.raises(ValueError, match=f'num_crops 4.*{reason}'):
+        build(image_folder, num_crops=4, **settings)
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_positions_number_the_crops_of_an_epoch_over_all_ranks(image_folder, world_size):
+    found = []
+    for rank in range(world_size):
+        sampler = build(image_folder, world_size=world_size, rank=rank, batch_size=4, num_crops=2).batch_sampler
+        sampler.set_epoch(3)
+        positions = [key.position(row) for key in sampler for row in range(4)]
+        assert sampler.rows(0, len(sampler))[1].tolist() == positions
+        found += zip(positions, sampler.rows(0, len(sampler))[0].tolist(), strict=True)
+    assert sorted(position for position, _ in found) == list(range(len(found)))
+    # Whatever the world size and batch size, a position is the same crop of the same image.
+    expected = build(image_folder, batch_size=12, num_crops=2).batch_sampler
+    expected.set_epoch(3)
+    assert [index for _, index in sorted(found)] == expected.rows(0, 3)[0].tolist()[:len(found)]

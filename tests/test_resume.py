@@ -15,6 +15,7 @@ from timm_kd.run import record
 
 WITHOUT_REPLAY = ['--workers', '0']
 WITH_REPLAY = ['--workers', '2', '--replayable-data']
+WITH_CROPS = ['--workers', '1', '--crops-per-image', '4', '--epochs', '4', '--val-interval', '4']
 
 
 def train_and_die(place: str, epoch: int, argv: list[str]) -> None:
@@ -129,12 +130,18 @@ def replayed(digits, tmp_path_factory) -> Runs:
     return _whole_run(digits, tmp_path_factory.mktemp('replayed'), WITH_REPLAY)
 
 
+@pytest.fixture(scope='module')
+def cropped(digits, tmp_path_factory) -> Runs:
+    return _whole_run(digits, tmp_path_factory.mktemp('cropped'), WITH_CROPS)
+
+
 @pytest.mark.parametrize('mode, place', [
     ('timm_draws', 'summary'),
     ('timm_draws', 'sigterm'),
     ('replayed', 'write'),
     ('replayed', 'step'),
     ('replayed', 'validation'),
+    ('cropped', 'step'),
     pytest.param('timm_draws', 'write', marks=pytest.mark.soak),
     pytest.param('timm_draws', 'step', marks=pytest.mark.soak),
     pytest.param('timm_draws', 'validation', marks=pytest.mark.soak),

@@ -139,6 +139,7 @@ COMMANDS = {
     (f'{MIXED} {EMA}', 2): STOPS,
     (f'{MIXED} {EMA} --grad-accum-steps 2 --batch-size 4', 2): STOPS,
     (f'{MIXED} {EMA} --dist-bn= --no-ddp-bb', 2): STOPS,
+    (f'{MIXED} --crops-per-image 2', 2): [('update 2', (1,))],
     (f'{MIXED} {EMA}', 3): [('update 2', (2,)), ('Test', (0, 1, 2)), ('Test (EMA)', (2,))],
     (f'--mixup 0.5 {EMA} --recovery-interval 3', 2): STOPS,  # goes on from the last finished epoch
 }

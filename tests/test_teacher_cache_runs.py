@@ -115,6 +115,8 @@ def refused_command(capsys, *argv, code=2):
     pytest.param(MIXED, id='mixed'),
     pytest.param([*MIXED, '--no-prefetcher', '--mixup-mode', 'elem'], id='mixed in the loop'),
     pytest.param(MIXING_ENDS, id='mixing ends'),
+    pytest.param(['--crops-per-image', '2', *MIXED], id='crops, mixed'),
+    pytest.param(['--crops-per-image', '4', *MIXED[4:]], id='crops'),
     pytest.param('--amp --amp-dtype bfloat16 --model-ema --grad-accum-steps 2'.split(), id='AMP, EMA, accumulation'),
 ])
 def test_filling_and_reading_give_the_live_runs_summary_to_the_bit(tmp_path, run, live, teacher, flags):
@@ -194,8 +196,10 @@ def present(path):
     return int(np.count_nonzero(np.fromfile(path, np.uint32, NUM_SAMPLES, offset=4096)))
 
 
-def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, live, teacher):
-    flags = [*cache(tmp_path), '--batch-size', '8']
+@pytest.mark.parametrize('crops', ['1', '2'])
+def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, live, teacher, crops):
+    crops = ['--crops-per-image', crops, '--reprob', '0.4']
+    flags = [*cache(tmp_path), '--batch-size', '8', *crops]
     subprocess.run(
         [
             sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()),
@@ -203,12 +207,25 @@ def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, 
         ],
         env=dict(os.environ, OMP_NUM_THREADS='1'), check=True, timeout=120, stderr=subprocess.DEVNULL,
     )
-    expected = list(csv.DictReader(live().splitlines()))
+    expected = list(csv.DictReader(live(*crops).splitlines()))
     shutil.rmtree(teacher)
-    read = list(csv.DictReader(run(*cache(tmp_path)).splitlines()))
+    read = list(csv.DictReader(run(*cache(tmp_path), *crops).splitlines()))
     assert [row['eval_agreement'] for row in read] == [row['eval_agreement'] for row in expected]
     # Half a batch has its sums in another order: 1e-5 at the start, which training makes more of.
     assert float(read[0]['train_loss']) == pytest.approx(float(expected[0]['train_loss']), rel=1e-3)
+
+
+def test_crops_that_a_fill_stored_serve_any_batch_size_and_no_other_number_of_crops(
+        tmp_path, home, images, run, teacher, capsys,
+):
+    flags = [*cache(tmp_path), '--reprob', '0.4', '--teacher-dtype', 'float32']
+    cache_main(['fill', *arguments(home, images, 'crops', *flags, '--crops-per-image', '2', '--batch-size', '4')])
+    assert [present(tmp_path / f'epoch-000{epoch}.logits') for epoch in (0, 1)] == [NUM_SAMPLES] * 2
+    assert 'crops_per_image was 2, is now 3' in refused(
+        capsys, run, *flags, '--crops-per-image', '3', '--batch-size', '6')
+    assert 'crops_per_image was 2, is now not set' in refused(capsys, run, *flags)
+    shutil.rmtree(teacher)
+    run(*flags, '--crops-per-image', '2', '--batch-size', '10')  # reads all of its rows
 
 
 def test_changed_flags_and_images_are_refused_by_name(filled, home, images, run, tmp_path, capsys):
@@ -238,6 +255,7 @@ def test_changed_flags_and_images_are_refused_by_name(filled, home, images, run,
     ('--teacher-class-map map.txt --teacher-class-map-missing mask', 'teacher.class_map_missing'),
     ('--teacher-model test_resnet2', 'teacher.model'),
     ('--teacher-ema', 'teacher.ema'),
+    ('--crops-per-image 2', 'crops_per_image'),
     ('--teacher-cache-topk 3', 'rows.topk'),
     ('--teacher-cache-dtype float16', 'rows.dtype'),
 ])
@@ -525,9 +543,10 @@ def test_verify_allows_a_difference_of_two_percent(filled, tmp_path, caplog, cap
     '--hflip 0.3 --vflip 0.1 --scale 0.5 1 --ratio 0.8 1.2 --color-jitter 0.2 --color-jitter-prob 0.5 '
     '--grayscale-prob 0.1 --gaussian-blur-prob 0.1 --train-interpolation bilinear --train-crop-mode rkrc --resplit '
     '--mean 0.4 0.4 0.4 --std 0.3 0.3 0.3 --reprob 0.4 --teacher-class-map map.txt --teacher-class-map-missing mask',
+    '--crops-per-image 2 --aa rand-m5 --reprob 0.4',
     '--no-aug --model-dtype bfloat16 --channels-last --interpolation nearest --crop-pct 0.9 '
     '--input-img-mode YCbCr --class-map classes.txt',
-], ids=['mixed', 'precision', 'augmented', 'plain'])
+], ids=['mixed', 'precision', 'augmented', 'crops', 'plain'])
 def test_verify_shows_the_teacher_what_the_fill_showed_it_from_any_folder(
         tmp_path, home, images, teacher, monkeypatch, flags,
 ):

@@ -169,6 +169,7 @@ def create_train_data(
         mixup_off_epoch: int = 0,
         replay_seed: int | None = None,
         replay_epochs: int | None = None,
+        crops_per_image: int = 1,
         **options: Any,
 ) -> TrainData:
     """Create the training loader, with AugMix, Mixup and replay where they are asked for.
@@ -179,6 +180,7 @@ def create_train_data(
         mixup_off_epoch: The epoch from which nothing is mixed; 0: never.
         replay_seed: Seed of a replayable loader; None for timm's own.
         replay_epochs: Distinct epochs of a replayable loader; None: all are distinct.
+        crops_per_image: Crops that a replayable loader takes of each image it decodes.
         options: Keywords of `timm.data.create_loader`.
 
     Raises:
@@ -208,7 +210,7 @@ def create_train_data(
             f'Several image sizes: batches of {", ".join(map(str, schedule.batch_sizes))} images, '
             f'{reference_batch_size:.2f} on average, {len(schedule)} batches an epoch.')
     if replay_seed is not None:
-        loader = make_replayable(loader, seed=replay_seed, num_epochs=replay_epochs)
+        loader = make_replayable(loader, replay_seed, replay_epochs, crops_per_image)
         if mixup_fn is not None:
             mixup_fn = ReplayMixup(mixup_fn, loader.batch_sampler)
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:

@@ -35,7 +35,7 @@ _DECIDE_IMAGES = (
     'in_chans', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'model_dtype', 'channels_last', 'no_aug',
     'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
     'gaussian_blur_prob', 'aa', 'train_interpolation', 'reprob', 'remode', 'recount', 'resplit', 'mixup', 'cutmix',
-    'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch',
+    'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'crops_per_image',
 )
 _DECIDE_LOGITS = (
     'teacher', 'kd_model_name', 'teacher_model', 'teacher_ema', 'teacher_img_size', 'teacher_dtype',

@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
         })
         teachers = [teacher for teacher in args.teacher or [] if teacher]
         args.teacher = teachers if len(teachers) > 1 else teachers[0] if teachers else None
-        args.replayable_data |= args.teacher_cache is not None
+        args.replayable_data |= args.teacher_cache is not None or args.crops_per_image > 1
         check_args(args, defaults)
         if 'device' in values:
             check_device(args.device)

@@ -81,8 +81,8 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """
     rules = (
         _refused(args, defaults), _belonging(args, defaults), _data(args), _files(args), _images(args),
-        _batches(args), check_task_loss(args, defaults), _compiling(args), _optimizer(args), _schedule(args),
-        _train_sizes(args), _hub(args), _distillation(args, defaults),
+        _batches(args), _crops(args), check_task_loss(args, defaults), _compiling(args), _optimizer(args),
+        _schedule(args), _train_sizes(args), _hub(args), _distillation(args, defaults),
     )
     for rule in rules:
         for sentence in rule:
@@ -181,6 +181,32 @@ def _batches(args: argparse.Namespace) -> Iterator[str]:
             yield f'{as_given(dest, getattr(args, dest))}: Mixup and CutMix mix pairs and need an even batch size.'
         if args.aug_splits:
             yield f'--aug-splits {args.aug_splits}: does not go with Mixup or CutMix.'
+
+
+def _crops(args: argparse.Namespace) -> Iterator[str]:
+    if args.crops_per_image == 1:
+        return
+    crops = f'--crops-per-image {args.crops_per_image}'
+    images, rest = divmod(args.batch_size, args.crops_per_image)
+    if rest:
+        yield f'{crops}: a batch holds all crops of an image, make --batch-size {args.batch_size} a multiple.'
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and images % 2 and images > 1:
+        yield (f'{crops}: --batch-size {args.batch_size} holds {images} images, and Mixup and CutMix, which mix the '
+               'first row with the last, would mix the middle image with itself: make the batch a multiple of '
+               f'{2 * args.crops_per_image}.')
+    if _kind_of_dataset(args) in _STREAMS:
+        yield f'{crops}: needs a data set with indices, and --dataset {args.dataset} is a stream.'
+    if args.aug_repeats:
+        yield f'{crops} --aug-repeats {args.aug_repeats:g}: both take an image several times, choose one.'
+    if args.train_img_sizes:
+        yield f'{crops}: the batches of --train-img-sizes need not hold whole images, leave out one of the two.'
+    if args.aug_splits:
+        yield f'{crops} --aug-splits {args.aug_splits}: both take an image several times, choose one.'
+    if args.no_aug:
+        yield f'{crops}: with --no-aug all crops of an image are the same, leave out one of the two.'
+    if args.teacher_cache_epochs and args.teacher_cache_epochs % args.crops_per_image:
+        yield (f'--teacher-cache-epochs {args.teacher_cache_epochs}: {args.crops_per_image} epochs in a row share the '
+               f'images ({crops}), make it a multiple: the images of the others would never be seen.')
 
 
 def _compiling(args: argparse.Namespace) -> Iterator[str]:

@@ -88,6 +88,11 @@ def kd_flags() -> dict[str, list[Flag]]:
                      'resume is exact at any step',
             ),
             flag(
+                '--crops-per-image', type=count, default=1, metavar='M',
+                help='take M crops of each image that is decoded, side by side in the batch (implies '
+                     '--replayable-data); an epoch has as many crops, of 1/M of the images',
+            ),
+            flag(
                 '--push-to-hub', metavar='REPO_ID',
                 help='push the best checkpoint to the Hugging Face Hub at the end (token: HF_TOKEN or hf auth login)',
             ),

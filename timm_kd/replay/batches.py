@@ -1,7 +1,7 @@
 """Which samples a batch holds, and the key under which its draws are made."""
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +13,48 @@ from .draws import ORDER, derive_seed
 
 
 class ShuffledSampler(DistributedSampler):
-    """torch's sampler, which also gives a rank's order of an epoch as an array: a list of millions takes seconds."""
+    """torch's sampler, which also gives a rank's order of an epoch as an array: a list of millions takes seconds.
+
+    With several crops of each image, as many epochs share one shuffled order. Each takes the next part of it, every
+    image of that part with all its crops side by side. `set_epoch(n)` chooses order `n // num_crops`, part `n %
+    num_crops`.
+
+    Args:
+        dataset: The data set.
+        num_replicas: World size.
+        rank: This process.
+        drop_last: Drop what is over (of the images when they are parted, of a part when it is dealt out to the ranks),
+            instead of filling up with the first again.
+        num_crops: Crops M of each image.
+    """
+
+    def __init__(
+            self,
+            dataset: Sized,
+            num_replicas: int,
+            rank: int,
+            drop_last: bool = False,
+            num_crops: int = 1,
+    ) -> None:
+        num_images = len(dataset) // num_crops if drop_last else math.ceil(len(dataset) / num_crops)
+        super().__init__(range(num_images), num_replicas, rank, drop_last=drop_last)
+        self.num_crops = num_crops
+        self._size = len(dataset)
 
     def order(self) -> np.ndarray:
         """Return the sample indices of this rank in the epoch set last, `[N]` int64."""
-        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        return np.resize(order.numpy(), self.total_size)[self.rank::self.num_replicas]  # the first again as padding
+        shuffle, part = divmod(self.epoch, self.num_crops)
+        order = torch.randperm(self._size, generator=torch.Generator().manual_seed(self.seed + shuffle)).numpy()
+        num_images = len(self.dataset)
+        images = np.resize(order, num_images * self.num_crops)[part * num_images:(part + 1) * num_images]
+        own = np.resize(images, self.total_size)[self.rank::self.num_replicas]
+        return own.repeat(self.num_crops)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order().tolist())
+
+    def __len__(self) -> int:
+        return self.num_samples * self.num_crops
 
 
 class BatchKey(NamedTuple):
@@ -32,10 +65,12 @@ class BatchKey(NamedTuple):
     stride: int  # world size: positions from one row to the next
     samples: list  # indices, or timm's (index, choice) pairs under --train-img-sizes
     mixup_enabled: bool
+    num_crops: int = 1  # rows side by side that are crops of one image
 
-    def position(self, row: int) -> int:
-        """Return the place of a row of the batch in the epoch, over all ranks."""
-        return self.first + row * self.stride
+    def position(self, row: int | np.ndarray) -> int | np.ndarray:
+        """Return the place of a row of the batch in the epoch, over all ranks; crops of an image are side by side."""
+        crop = row % self.num_crops
+        return self.first + (row - crop) * self.stride + crop
 
 
 class ReplayBatchSampler:
@@ -68,6 +103,7 @@ class ReplayBatchSampler:
         self.rank = batches.sampler.rank
         self.world_size = batches.sampler.num_replicas
         self.num_repeats = math.ceil(getattr(batches.sampler, 'num_repeats', 1))
+        self.num_crops = getattr(batches.sampler, 'num_crops', 1)
         self.delivered: BatchKey | None = None
         self.num_passes = 0
         self._issued: deque[BatchKey] = deque()
@@ -85,7 +121,8 @@ class ReplayBatchSampler:
         self._order = None
         if isinstance(self.batches, ScheduledBatchSampler):
             self.batches.set_epoch(self.epoch)
-        self.batches.sampler.set_epoch(derive_seed(self.seed, ORDER, self.epoch) >> 1)
+        order, part = divmod(self.epoch, self.num_crops)
+        self.batches.sampler.set_epoch((derive_seed(self.seed, ORDER, order) >> 1) * self.num_crops + part)
 
     def distinct(self, epochs: Iterable[int]) -> list[int]:
         """Return the epochs whose data these epochs have, in ascending order, each once."""
@@ -98,11 +135,15 @@ class ReplayBatchSampler:
         mixup_enabled = getattr(self.collate_fn, 'mixup_enabled', False)
         num_seen = 0
         for number, samples in enumerate(self.batches):
-            key = BatchKey(epoch, num_seen * self.world_size + self.rank, self.world_size, samples, mixup_enabled)
+            key = self._key(num_seen, samples, epoch, mixup_enabled)
             num_seen += len(samples)
             if number >= start_batch:
                 issued.append(key)
                 yield key
+
+    def _key(self, num_seen: int, samples: list, epoch: int, mixup_enabled: bool = False) -> BatchKey:
+        first = num_seen * self.world_size + self.rank * self.num_crops
+        return BatchKey(epoch, first, self.world_size, samples, mixup_enabled, self.num_crops)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -129,4 +170,4 @@ class ReplayBatchSampler:
             self._order = sampler.order() if shuffled else np.fromiter(sampler, dtype=np.int64)
         start = batch * self.batches.batch_size
         indices = self._order[start:start + num_batches * self.batches.batch_size]
-        return indices, (start + np.arange(len(indices))) * self.world_size + self.rank
+        return indices, self._key(start, indices, self.epoch).position(np.arange(len(indices)))

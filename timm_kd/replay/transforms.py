@@ -1,5 +1,6 @@
 """Augmentation, Mixup and random erasing, all of them timm's, under the key of their batch."""
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +22,23 @@ class Samples(list):
 
 
 class ReplayDataset(Dataset):
-    """Map-style dataset that loads a whole batch by its key, each sample under a seed of its own."""
+    """Map-style dataset that loads a whole batch by its key, each sample under a seed of its own.
 
-    def __init__(self, dataset: Dataset, seed: int, num_repeats: int = 1) -> None:
+    Args:
+        dataset: The data set. With several crops it must apply its attribute `transform`, as timm's and torchvision's
+            do: the crops take this over, and the data set decodes an image once for them.
+        seed: Seed of the run.
+        num_repeats: Copies of a sample that are neighbours in the order (`--aug-repeats`).
+        num_crops: Crops of each image.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, num_repeats: int = 1, num_crops: int = 1) -> None:
         self.dataset = dataset
         self.seed = seed
         self.num_repeats = num_repeats
+        self.num_crops = num_crops
+        if num_crops > 1:
+            self.transform, dataset.transform = dataset.transform, None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -37,6 +49,9 @@ class ReplayDataset(Dataset):
     def __getitems__(self, key: BatchKey) -> Samples:
         samples = Samples(key)
         with preserved_generators():
+            if self.num_crops > 1:
+                samples.extend(self._crops(key))
+                return samples
             for row, sample in enumerate(key.samples):
                 index = sample[0] if isinstance(sample, tuple) else sample
                 # A sample's copies are neighbours in the order, at most num_repeats of them.
@@ -44,6 +59,13 @@ class ReplayDataset(Dataset):
                 seed_generators(derive_seed(self.seed, SAMPLE, key.epoch, index, repeat))
                 samples.append(self.dataset[sample])
         return samples
+
+    def _crops(self, key: BatchKey) -> Iterator[tuple]:
+        for index in key.samples[::self.num_crops]:
+            image, *rest = self.dataset[index]
+            for crop in range(self.num_crops):
+                seed_generators(derive_seed(self.seed, SAMPLE, key.epoch, index, crop))
+                yield self.transform(image), *rest
 
 
 class ReplayCollateMixup(FastCollateMixup):

@@ -79,6 +79,7 @@ def _train_data_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dic
         worker_seeding=args.worker_seeding,
         replay_seed=args.seed if args.replayable_data else None,
         replay_epochs=args.teacher_cache_epochs,
+        crops_per_image=args.crops_per_image,
         mixup_off_epoch=args.mixup_off_epoch,
         **augmentation_settings(args, data_config),
     )

@@ -117,10 +117,13 @@ def _num_predictions(setup: Setup) -> int:
 def _open_cache(setup: Setup, epochs: Sequence[int], live: bool) -> CachedTeacher:
     args, process, data = setup.args, setup.process, setup.data
     _check_supported(setup, epochs)
-    by_position = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
-    count = len(data.loader) * args.batch_size * process.world_size if by_position else len(data.dataset)
+    crops = args.crops_per_image
+    by_batch = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
+    # Of several crops an epoch has few of the images: the position says which, and which crop, in any batch size.
+    by_position = by_batch or crops > 1
+    count = len(data.loader) * args.batch_size * process.world_size if by_batch else len(data.dataset) // crops * crops
     layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
-    key = _cache_key(setup, by_position, count)
+    key = _cache_key(setup, by_batch, count)
     rebuild = args.teacher_cache_rebuild and not live
     # Whether rows have to be thrown away depends on what the teacher says of itself, too.
     teacher = _create_teacher(setup) if live or rebuild else None
@@ -194,7 +197,7 @@ def _check_supported(setup: Setup, epochs: Sequence[int]) -> None:
         )
 
 
-def _cache_key(setup: Setup, by_position: bool, count: int) -> Key:
+def _cache_key(setup: Setup, by_batch: bool, count: int) -> Key:
     """Collect everything that decides the pixels a row stands for, or the logits of those pixels."""
     args, data_config, data, process = setup.args, setup.data_config, setup.data, setup.process
     on_device = args.reprob > 0 and not args.no_aug and not args.no_prefetcher
@@ -214,14 +217,16 @@ def _cache_key(setup: Setup, by_position: bool, count: int) -> Key:
         'erasing_device': process.device.type if on_device and args.remode != 'const' else None,
         'teacher': _teacher_key(setup),
         'rows': {
-            'by': 'position' if by_position else 'sample',
+            'by': 'position' if by_batch or args.crops_per_image > 1 else 'sample',
             'count': count,
             'classes': args.num_classes,
             'dtype': args.teacher_cache_dtype,
             'topk': args.teacher_cache_topk,
         },
     }
-    if by_position:
+    if args.crops_per_image > 1:
+        key['crops_per_image'] = args.crops_per_image
+    if by_batch:
         key['batches'] = {'batch_size': args.batch_size, 'world_size': process.world_size}
     if data.mixup_active:
         names = ['mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_mode', 'mixup_off_epoch']

@@ -28,7 +28,8 @@ class CachedTeacher(nn.Module):
         folder: The cache.
         layout: How a row is stored.
         batch_sampler: That of the replayable training loader.
-        by_position: Rows are numbered by position in the epoch (where rows mix or share draws), else by sample index.
+        by_position: Rows are numbered by position in the epoch (where rows mix or share draws, or several are of one
+            sample), else by sample index.
         device: Where the logits are wanted.
         teacher: The live teacher; None where all rows are present.
         members: What is known of the single teachers (`source`, `model_name`, `num_params`) where none is live.
