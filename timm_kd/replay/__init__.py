@@ -5,8 +5,8 @@ batch depends on every batch before it and on how long its worker has lived. Her
 
 | draw | function of |
 |---|---|
-| order of the samples | seed, epoch |
-| augmentation of a sample | seed, epoch, index, repeat (`--aug-repeats`) |
+| order of the samples | seed, epoch; with M crops of an image: seed, epoch // M |
+| augmentation of a sample | seed, epoch, index, repeat (`--aug-repeats`) or number of the crop |
 | Mixup, CutMix of a batch | seed, epoch, position of the batch's first row |
 | random erasing on the device | seed, epoch, position of the row, augmentation split |
 
@@ -14,6 +14,9 @@ The *position* of a row is its place in the epoch over all ranks: row `i` of ran
 `(k * batch_size + i) * world_size + r`, as torch's `DistributedSampler` deals them out. So global batch `k` holds the
 same samples with the same pixels for any world size, the global batch size being the same. Mixup is the exception: timm
 mixes a row with its mirror image in the batch of its own rank.
+
+Several crops of an image (FKD: Shen and Xing 2022, arXiv 2112.01528) are neighbours in a batch and in their positions.
+An image is decoded once for them.
 
 The key of a batch travels with its indices from the sampler to the worker, so that persistent workers follow too, and
 nothing is drawn from the process-wide streams: the model's dropout is undisturbed by the number of workers.
