@@ -1,10 +1,13 @@
-"""KDTask: student, teacher and loss as a task of timm."""
+"""KDTask: student, teacher and loss as a task of timm; and a `Teacher` for the distillation tasks that timm has."""
 import logging
 from collections.abc import Callable
 
 import torch
 from timm.task import ClassificationTask
+from timm.task.distillation import DistillationTeacher
 from torch import nn
+
+from .teacher import Teacher, TeacherEnsemble
 
 _logger = logging.getLogger(__name__)
 
@@ -111,3 +114,34 @@ class KDTask(ClassificationTask):
         parts = self.kd_loss(output, teacher_logits, target, smoothing=self.smoothing)
         loss = self.task_loss_weight * task_loss + self.distill_loss_weight * self.ramp * parts['kd_loss']
         return {'loss': loss, 'output': output, 'task_loss': task_loss, **parts}
+
+
+class TaskTeacher(DistillationTeacher):
+    """A teacher of this project where timm's `FeatureDistillationTask` and `TokenDistillationTask` take one.
+
+    It adapts the images itself (normalisation, size, channels), so it takes them as the student gets them.
+
+    Args:
+        teacher: The teacher; several only where logits are asked for.
+        dtype: Dtype of its answers, that of the student; None for float32.
+    """
+
+    def __init__(self, teacher: Teacher | TeacherEnsemble, dtype: torch.dtype | None = None):
+        nn.Module.__init__(self)  # timm's own loads a model, or wraps one that knows its normalisation
+        self.teacher = teacher
+        self.model = teacher.members[0].model  # where timm looks up the width of the features
+        self.answer_dtype = dtype or torch.float32
+
+    def normalize_input(self, input: torch.Tensor, *student_normalization: torch.Tensor) -> torch.Tensor:
+        """Return the images as they are."""
+        return input
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **options) -> 'TaskTeacher':
+        """Compile what the teacher is asked for; `compile_model` and `compile_features` of timm's tasks say which."""
+        options = {name: value for name, value in options.items() if not name.startswith('compile_')}
+        self.teacher.compile(backend=backend, mode=mode, **options)
+        return self
+
+    def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        """Return logits `[B, C]`, or pooled features `[B, D]`, of images `[B, in_chans, H, W]`."""
+        return (self.teacher.features if return_features else self.teacher)(input).to(self.answer_dtype)

@@ -38,6 +38,9 @@ from .setup import (
     open_teacher,
     set_up,
 )
+from .task import KDTask
+from .teacher import Teacher, TeacherEnsemble
+from .teacher_cache import CachedTeacher
 from .version import __version__
 
 _logger = logging.getLogger('train')
@@ -70,7 +73,6 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
             raise UsageError(f'--push-to-hub {error}') from None
     setup = set_up(args, args_text, process)
     args = setup.args
-    optimizer = create_optimizer(setup)
     loss_scaler = create_loss_scaler(setup)
     output_dir = _output_dir(args, setup.data_config) if process.primary else None
     if process.primary and os.path.isdir(output_dir):
@@ -80,14 +82,15 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     if start.path is not None and args.sched == 'plateau':
         _logger.warning('--sched plateau: timm saves no state of it, so this is no exact continuation.')
     teacher = open_teacher(setup, range(start.epoch, count_epochs(setup)))
-    task = create_task(setup, teacher, optimizer)
+    task = create_task(setup, teacher)
+    optimizer = create_optimizer(setup, task)
     if start.path is not None:
         keep = not args.no_resume_opt
         resume(task, start.path, optimizer if keep else None, loss_scaler if keep else None)
     lr_scheduler, num_epochs = create_scheduler(setup, optimizer, start.epoch)
     _log_schedule(args, num_epochs)
 
-    record = _record(setup, start, task, argv, num_epochs)
+    record = _record(setup, start, teacher, task, argv, num_epochs)
     saver = summary = None
     if process.primary:
         _take_folder(output_dir, lock)  # only now: whatever can be refused was refused above, and leaves no folder
@@ -115,7 +118,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         write_atomically(Path(output_dir, 'args.yaml'), args_text)
         write_record(output_dir, record)
     teacher_predictions = None
-    if teacher is not None and not args.no_teacher_eval and setup.eval_loader is not None:
+    knows_classes = setup.kd is not None and (setup.kd.loss != 'feature' or teacher.num_classes == args.num_classes)
+    if teacher is not None and knows_classes and not args.no_teacher_eval and setup.eval_loader is not None:
         metrics, predictions = evaluate_run_teacher(setup, teacher)
         for member, result in zip(record['teacher'], metrics, strict=True):
             member.update(top1=result['top1'], top5=result['top5'])
@@ -209,13 +213,13 @@ def _take_folder(output_dir: str, lock: FolderLock) -> None:
 def _record(
         setup: Setup,
         start: StartPoint,
+        teacher: Teacher | TeacherEnsemble | CachedTeacher | None,
         task: TrainingTask,
         argv: list[str],
         num_epochs: int,
 ) -> dict[str, Any]:
     """Return what run.json says when a run starts; `best` and the teachers' metrics are filled in later."""
     args, student, kd = setup.args, setup.student, setup.kd
-    teacher = getattr(task, 'teacher', None)
     return {
         'run_id': start.run_id,
         'timm_kd': __version__,
@@ -244,7 +248,9 @@ def _record(
         ],
         'loss': None if kd is None else {
             'name': kd.loss,
-            'parameters': {name: getattr(task.kd_loss, name) for name in task.kd_loss.hyper_parameters()},
+            'parameters':
+                {name: getattr(task.kd_loss, name) for name in task.kd_loss.hyper_parameters()}
+                if isinstance(task, KDTask) else {k: v for k, v in kd.loss_parameters.items() if v is not None},
             'task_loss_weight': kd.task_loss_weight,
             'distill_loss_weight': kd.distill_loss_weight,
             'warmup_epochs': kd.warmup_epochs,

@@ -20,7 +20,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from ..data import find_class_map
 from ..errors import UsageError, nearest
 from ..losses import KD_LOSSES, create_kd_loss
-from .kd_flags import KDSettings, knob_dests, named_teachers, resolve_kd
+from .kd_flags import TIMM_DISTILLATION, KDSettings, knob_dests, named_teachers, resolve_kd
 from .messages import as_given
 from .task_loss import check_task_loss
 
@@ -30,11 +30,7 @@ _STREAMS = ('hfids', 'tfds', 'wds')
 
 # Flags of timm's script that are known here and refused.
 _REFUSED = {
-    'kd_distill_type': 'feature and token distillation are not supported, only logits are distilled.',
     'kd_loss_type': 'only kl, which is --kd-loss kd; --kd-loss chooses among the others.',
-    'kd_student_feature_dim': 'feature distillation is not supported.',
-    'kd_teacher_feature_dim': 'feature distillation is not supported.',
-    'kd_token_distill_type': 'token distillation is not supported.',
 }
 
 # Flags that act only beside another one.
@@ -312,9 +308,10 @@ def _distillation(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterato
         yield f'--kd-model-name {args.kd_model_name} beside {_teacher_flag(args)}: name one teacher.'
     settings = resolve_kd(args)
     if settings is not None:
-        yield from _kd_loss(args, settings)
+        yield from _kd_loss(args, settings, defaults)
     else:
-        for dest in (*knob_dests(), 'task_loss_weight', 'distill_loss_weight', 'kd_warmup_epochs'):
+        weights = 'task_loss_weight', 'distill_loss_weight', 'kd_warmup_epochs'
+        for dest in ('kd_distill_type', *_parameter_dests(), *weights):
             # A warm-up of 0 asks for nothing: it was the default, and stands in the args.yaml of older plain runs.
             if getattr(args, dest) not in (defaults[dest], *([0] if dest == 'kd_warmup_epochs' else [])):
                 yield (f'{as_given(dest, getattr(args, dest))}: there is nothing to distil, add --teacher SPEC or '
@@ -327,7 +324,57 @@ def _distillation(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterato
                 yield f'{as_given(dest, value)}: there is no teacher, add --teacher SPEC or leave this out.'
 
 
-def _kd_loss(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
+def _parameter_dests() -> list[str]:
+    """Return the flags that set a distillation loss, or one of timm's distillation tasks."""
+    return list(dict.fromkeys([*knob_dests(), *(dest for own in TIMM_DISTILLATION.values() for dest in own)]))
+
+
+def _kd_loss(args: argparse.Namespace, settings: KDSettings, defaults: dict[str, Any]) -> Iterator[str]:
+    if settings.loss in TIMM_DISTILLATION:
+        chosen, further = f'--kd-distill-type {settings.loss}', _timm_distillation
+        known = list(TIMM_DISTILLATION[settings.loss])
+    else:
+        chosen, further = f'--kd-loss {settings.loss}', _logit_distillation
+        known = [dest for dest, knob in knob_dests().items() if knob in KD_LOSSES[settings.loss].hyper_parameters()]
+    for dest in _parameter_dests():
+        if getattr(args, dest) != defaults[dest] and dest not in known:
+            its_own = f'which has {", ".join(as_given(dest, True) for dest in known)}' if known else 'which has none'
+            yield f'{as_given(dest, getattr(args, dest))}: no parameter of {settings.loss}, {its_own}.'
+    yield from further(args, settings)
+    if settings.distill_loss_weight < 0:
+        yield (f'--task-loss-weight {args.task_loss_weight} leaves the distillation loss a weight of '
+               f'{settings.distill_loss_weight:g}: give --distill-loss-weight too.')
+    if settings.task_loss_weight == settings.distill_loss_weight == 0:
+        yield '--task-loss-weight 0 and --distill-loss-weight 0 leave nothing to train on.'
+    if args.num_classes == 1 and settings.loss != 'feature':
+        yield f'--num-classes 1: {chosen} compares classes and needs at least 2.'
+
+
+def _timm_distillation(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
+    """Yield what goes with the distillation of logits alone."""
+    chosen = f'--kd-distill-type {settings.loss}'
+    if args.kd_loss not in (None, 'kd'):
+        yield f'{chosen} beside --kd-loss {args.kd_loss}: that loss is for logits, leave out one of the two.'
+    if settings.teacher is None:
+        yield f'{chosen} needs a teacher: add --teacher SPEC.'
+    if args.kd_warmup_epochs:
+        yield f'--kd-warmup-epochs {args.kd_warmup_epochs}: {chosen} is timm\'s, without a warm-up; leave it out.'
+    if settings.loss == 'token' and args.kd_token_distill_type == 'hard' and args.kd_temperature is not None:
+        yield f'--kd-temperature {args.kd_temperature}: --kd-token-distill-type hard has none, leave it out.'
+    if args.teacher_cache:
+        yield (f'{as_given("teacher_cache", args.teacher_cache)}: is for logits by --kd-loss, and {chosen} asks the '
+               'live teacher; leave out one of the two.')
+    if args.torchscript:
+        yield f'--torchscript: {chosen} has to look into the student, which a script hides; leave it out.'
+    if settings.loss == 'feature' and args.teacher_class_map:
+        yield f'{as_given("teacher_class_map", args.teacher_class_map)}: {chosen} compares no classes; leave it out.'
+    if settings.loss == 'token' and args.teacher_class_map_missing == 'mask':
+        yield f'--teacher-class-map-missing mask: {chosen} needs a logit of every class; leave it out.'
+    if settings.loss == 'feature' and len(named_teachers(args)) > 1:
+        yield f'{_teacher_flag(args)}: {chosen} learns the features of one teacher; leave out the others.'
+
+
+def _logit_distillation(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
     loss = KD_LOSSES[settings.loss]
     if settings.teacher is None and loss.needs_teacher:
         teacher_free = ' or '.join(name for name, other in KD_LOSSES.items() if not other.needs_teacher)
@@ -335,11 +382,7 @@ def _kd_loss(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
     if settings.teacher is not None and not loss.accepts_teacher:
         yield (f'{_teacher_flag(args)}: --kd-loss {settings.loss} has no teacher, leave it out (--teacher \'\' '
                'overrides a config file).')
-    known = [dest for dest, knob in knob_dests().items() if knob in loss.hyper_parameters()]
     for dest, knob in knob_dests().items():
-        if knob in settings.loss_parameters and dest not in known:
-            its_own = f'which has {", ".join(as_given(dest, True) for dest in known)}' if known else 'which has none'
-            yield f'{as_given(dest, getattr(args, dest))}: no parameter of {settings.loss}, {its_own}.'
         if knob in settings.loss_parameters and settings.teacher is not None and knob in loss.knobs_without_teacher:
             yield (f'{as_given(dest, getattr(args, dest))}: stands in for a teacher of {settings.loss}, and there is '
                    f'{_teacher_flag(args)}: leave out one.')
@@ -347,13 +390,6 @@ def _kd_loss(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
         create_kd_loss(settings.loss, **settings.loss_parameters)
     except ValueError as error:  # a range that is narrower than that of another loss's flag of the same name
         yield f'--kd-loss {settings.loss}: {error}'
-    if settings.distill_loss_weight < 0:
-        yield (f'--task-loss-weight {args.task_loss_weight} leaves the distillation loss a weight of '
-               f'{settings.distill_loss_weight:g}: give --distill-loss-weight too.')
-    if settings.task_loss_weight == settings.distill_loss_weight == 0:
-        yield '--task-loss-weight 0 and --distill-loss-weight 0 leave nothing to train on.'
-    if args.num_classes == 1:
-        yield f'--num-classes 1: --kd-loss {settings.loss} compares classes and needs at least 2.'
 
 
 def _teacher(args: argparse.Namespace) -> Iterator[str]:

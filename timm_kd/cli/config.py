@@ -179,10 +179,11 @@ def override(config: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapp
     # cuda` is the default written out, a GPU where there is one; in any other file it is a choice.
     if 'local_rank' in config and config.get('device') == 'cuda' and 'device' not in given:
         merged.pop('device')
-    # An args.yaml of timm's script, which has no key `kd_loss`, holds timm's default of 4.0 even after plain training:
-    # no choice of the user. In an args.yaml of this script, or in a recipe, the same value was chosen.
+    # An args.yaml of timm's script, which has no key `kd_loss`, holds timm's default of 4.0 even where nothing has a
+    # temperature: no choice of the user. In an args.yaml of this script, or in a recipe, the same value was chosen.
     if 'kd_loss' not in config and config.get('kd_temperature') == 4.0 and 'kd_temperature' not in given:
-        if not any(merged.get('teacher') or ()) and not merged.get('kd_model_name'):
+        plain = not any(merged.get('teacher') or ()) and not merged.get('kd_model_name')
+        if plain or merged.get('kd_distill_type') == 'feature' or merged.get('kd_token_distill_type') == 'hard':
             merged.pop('kd_temperature', None)
     return merged
 

@@ -2,11 +2,18 @@
 import argparse
 import dataclasses
 from fractions import Fraction
+from typing import Any
 
 from ..losses import KD_LOSSES
 from ..teacher.classmap import NAMED_MAPS
 from ..teacher.fast import TEACHER_DTYPES
 from .parser import Flag, count, flag, kwargs_flag, not_negative, number, switch, whole
+
+# timm's own distillation tasks: the flags that set each, and the argument of the task that each flag is.
+TIMM_DISTILLATION = {
+    'feature': {'kd_student_feature_dim': 'student_feature_dim', 'kd_teacher_feature_dim': 'teacher_feature_dim'},
+    'token': {'kd_token_distill_type': 'distill_type', 'kd_temperature': 'temperature'},
+}
 
 
 def kd_flags() -> dict[str, list[Flag]]:
@@ -70,15 +77,16 @@ def kd_flags() -> dict[str, list[Flag]]:
             switch('--teacher-cache-rebuild', help='throw away what is stored, should it not fit this run'),
             flag('--kd-model-name', type=str, help='teacher as timm\'s script takes it, with its defaults'),
             flag(
-                '--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'),
-                help='logit (timm\'s feature and token distillation are refused)',
+                '--kd-distill-type', default='logit', choices=('logit', *TIMM_DISTILLATION),
+                help='logit, by --kd-loss; or timm\'s own: feature (squared error of the pooled features), token (the '
+                     'head that distilled DeiTs have for the teacher)',
             ),
             flag('--kd-loss-type', type=str, default='kl', help='kl (see --kd-loss)'),
-            flag('--kd-student-feature-dim', type=int, help='refused (feature distillation)'),
-            flag('--kd-teacher-feature-dim', type=int, help='refused (feature distillation)'),
+            flag('--kd-student-feature-dim', type=count, help='feature: width of the student\'s (unset: looked up)'),
+            flag('--kd-teacher-feature-dim', type=count, help='feature: width of the teacher\'s (unset: looked up)'),
             flag(
                 '--kd-token-distill-type', default='soft', choices=('soft', 'hard'),
-                help='refused (token distillation)',
+                help='token: learn the teacher\'s distribution at --kd-temperature (4 when unset), or its first class',
             ),
         ],
         'Additions to timm\'s script': [
@@ -139,8 +147,8 @@ class KDSettings:
     """A distillation run in the terms of `create_kd_loss`, `create_teacher` and `KDTask`.
 
     Attributes:
-        loss: Name of the loss, a key of `KD_LOSSES`.
-        loss_parameters: The knobs that the user set; the rest are the loss's defaults.
+        loss: Name of the loss, a key of `KD_LOSSES`; or of timm's task, a key of `TIMM_DISTILLATION`.
+        loss_parameters: The knobs that the user set, the rest are the loss's defaults; or the arguments of timm's task.
         teacher: Spec of the teacher, a list of several, or None for a loss that learns without one.
         teacher_dtype: One of auto, amp, float32, bfloat16, float16.
         task_loss_weight: Weight of the task loss.
@@ -149,7 +157,7 @@ class KDSettings:
     """
 
     loss: str
-    loss_parameters: dict[str, float | bool]
+    loss_parameters: dict[str, Any]
     teacher: str | list[str] | None
     teacher_dtype: str
     task_loss_weight: float
@@ -172,6 +180,16 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
     name = args.kd_loss or 'kd'
     loss = KD_LOSSES[name]
     knobs = {knob: getattr(args, dest) for dest, knob in knob_dests().items()}
+    parameters = {knob: value for knob, value in knobs.items() if value is not None and value is not False}
+    if args.kd_distill_type != 'logit':  # the weights and the temperature of timm's script are those of kd
+        name, loss = args.kd_distill_type, KD_LOSSES['kd']
+        defaults = loss.hyper_parameters()
+        parameters = {
+            argument: defaults.get(argument) if getattr(args, dest) is None else getattr(args, dest)
+            for dest, argument in TIMM_DISTILLATION[name].items()
+        }
+        if parameters.get('distill_type') == 'hard':
+            del parameters['temperature']
     task_loss_weight, distill_loss_weight = args.task_loss_weight, args.distill_loss_weight
     if task_loss_weight is None and distill_loss_weight is None:
         task_loss_weight, distill_loss_weight = loss.default_task_weight, loss.default_distill_weight
@@ -185,7 +203,7 @@ def resolve_kd(args: argparse.Namespace) -> KDSettings | None:
         teacher_dtype = 'amp' if args.amp else args.model_dtype or 'float32'
     return KDSettings(
         loss=name,
-        loss_parameters={knob: value for knob, value in knobs.items() if value is not None and value is not False},
+        loss_parameters=parameters,
         teacher=teacher,
         teacher_dtype=teacher_dtype,
         task_loss_weight=task_loss_weight,

@@ -10,8 +10,42 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, is_model
 
 from ..losses import KD_LOSSES
+from ..losses.base import Paper
 from ..report.runs import Run
 from .scrub import scrub, scrub_command
+
+_DEIT = """@inproceedings{touvron2021training,
+  author = {Hugo Touvron and Matthieu Cord and Matthijs Douze and Francisco Massa and Alexandre Sablayrolles and
+            Herv{\\'e} J{\\'e}gou},
+  title = {Training data-efficient image transformers \\& distillation through attention},
+  booktitle = {International Conference on Machine Learning (ICML)},
+  note = {arXiv:2012.12877},
+  year = {2021}
+}"""
+_HEADS = r'\\(z_d\\) the logits of the distillation head, \\(z_t\\) those of the teacher, \\(p\\) their softmax'
+
+# What timm's own distillation tasks compute, by the name and, for token, the type of distillation.
+_TIMM_TASKS = {
+    ('feature', None): Paper(
+        title='Feature distillation, as timm has it',
+        formula=r'D = \operatorname{mean}\,\tfrac{1}{n}\,\|W f_s + b - f_t\|^2',
+        symbols=r'\\(f_s\\) and \\(f_t\\) the pooled features of student and teacher, \\(n\\) the width of the latter, '
+                r'\\(W\\) and \\(b\\) a trained projection where the widths differ',
+        citations=(),
+    ),
+    ('token', 'soft'): Paper(
+        title='Soft distillation through a token',
+        formula=r'D = T^2\,\operatorname{mean}\,\mathrm{KL}\big(p(z_t/T)\,\|\,p(z_d/T)\big)',
+        symbols=_HEADS,
+        citations=(_DEIT,),
+    ),
+    ('token', 'hard'): Paper(
+        title='Hard distillation through a token',
+        formula=r'D = -\operatorname{mean}\,\log p_{y_t}(z_d),\quad y_t = \operatorname{arg\,max} z_t',
+        symbols=_HEADS,
+        citations=(_DEIT,),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +112,9 @@ def _statement(loss: dict[str, Any] | None, with_teacher: bool) -> dict[str, Any
     if loss is None:
         return {}
     values = loss['parameters']
+    timms = _TIMM_TASKS.get((loss['name'], values.get('distill_type')))
+    if timms is not None:
+        return {'paper': timms, 'parameters': values, 'citations': timms.citations}
     if loss['name'] not in KD_LOSSES:
         return {'parameters': values}
     paper, knobs = KD_LOSSES[loss['name']].stated(with_teacher), KD_LOSSES[loss['name']].knobs()

@@ -21,6 +21,7 @@ from ..cli.messages import as_given
 from ..data import DataConfig
 from ..errors import UsageError, explain, few, shortened
 from ..files import load_file
+from ..losses import KD_LOSSES
 from ..process import Process, preserved_random_state
 from ..teacher.spec import nearest_model
 
@@ -72,13 +73,7 @@ def create_student(
     model.to(device=process.device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    if hasattr(model, 'dist_token') and resolve_kd(args) is not None:
-        # timm averages the two heads as long as nobody calls `set_distilled_training`, but the second is there to learn
-        # from the teacher alone, which no loss here does.
-        raise UsageError(
-            f'--model {args.model} has a distillation token, whose head gives a second set of logits in training, and '
-            'the distillation losses are defined on one: take a model without it (deit_tiny_patch16_224, say).'
-        )
+    _check_distillation(args, model)
     _check_forward(args, model, data_config['input_size'], num_classes)
     if process.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
@@ -122,6 +117,27 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
                 f'{other_head if "size mismatch" in str(error) else ""}{shortened(error)}'
             ) from error
     return model
+
+
+def _check_distillation(args: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse a student that does not have what its distillation needs."""
+    kd = resolve_kd(args)
+    if kd is None:
+        return
+    if kd.loss == 'token' and not hasattr(model, 'set_distilled_training'):
+        raise UsageError(
+            f'--kd-distill-type token: --model {args.model} has no head that learns from the teacher alone: take one '
+            'that has (deit_tiny_distilled_patch16_224, say), or distil its logits by --kd-loss.')
+    if kd.loss == 'feature' and not (hasattr(model, 'forward_features') and hasattr(model, 'forward_head')):
+        raise UsageError(f'--kd-distill-type feature: --model {args.model} does not give its features away.')
+    if kd.loss in KD_LOSSES and hasattr(model, 'dist_token'):
+        # timm averages the two heads as long as nobody calls `set_distilled_training`, but the second is there to learn
+        # from the teacher alone, which no loss on logits does.
+        raise UsageError(
+            f'--model {args.model} has a distillation token, whose head gives a second set of logits in training, and '
+            'the distillation losses are defined on one: add --kd-distill-type token, which trains it, or take a model '
+            'without it (deit_tiny_patch16_224, say).'
+        )
 
 
 def _scale_head(model: nn.Module, scale: float | None, bias: float | None) -> None:

@@ -58,7 +58,7 @@ def _create_teacher(setup: Setup) -> Teacher | TeacherEnsemble:
     with setup.process.primary_first(), preserved_random_state():  # one download, which the other processes read
         return create_teacher(
             setup.kd.teacher,
-            num_classes=args.num_classes,
+            num_classes=None if setup.kd.loss == 'feature' else args.num_classes,
             mean=setup.data_config['mean'],
             std=setup.data_config['std'],
             in_chans=setup.data_config['input_size'][0],

@@ -1,12 +1,13 @@
 """Setup -> optimizer, schedule, task: what timm's factories and ours make of the flags for training."""
 import logging
+from typing import Any
 
 import torch
 from timm.loss import create_classification_loss
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import ClassificationTask, FeatureDistillationTask, TokenDistillationTask, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
 
@@ -14,21 +15,22 @@ from ..cli.messages import as_given
 from ..cli.task_loss import loss_kwargs
 from ..errors import UsageError, shortened
 from ..losses import create_kd_loss
-from ..task import KDTask
+from ..process import preserved_random_state
+from ..task import KDTask, TaskTeacher
 from .base import Setup
 
 _logger = logging.getLogger('train')
 
 
-def create_optimizer(setup: Setup) -> torch.optim.Optimizer:
-    """Create timm's optimizer of the student.
+def create_optimizer(setup: Setup, task: TrainingTask) -> torch.optim.Optimizer:
+    """Create timm's optimizer of what the task trains: the student, and with it a projection of its features.
 
     Raises:
         UsageError: If the device lacks what `--opt-kwargs` asks for.
     """
     args = setup.args
     try:
-        optimizer = create_optimizer_v2(setup.student, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except RuntimeError as error:  # the device lacks what --opt-kwargs asks for (fused=True)
         raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {shortened(error)}') from error
     # timm's factory puts weight decay into the parameter groups and leaves a zero among the defaults.
@@ -50,11 +52,12 @@ def create_loss_scaler(setup: Setup) -> NativeScaler | None:
     return NativeScaler(device=device.type) if needs_one else None
 
 
-def create_task(setup: Setup, teacher: nn.Module | None, optimizer: torch.optim.Optimizer) -> TrainingTask:
-    """Make timm's classification task, or `KDTask`, on the criterion that timm's script would use, with its EMA.
+def create_task(setup: Setup, teacher: nn.Module | None) -> TrainingTask:
+    """Make the task of timm that the flags ask for, or `KDTask`, on the criterion of timm's script, with its EMA.
 
     Raises:
-        UsageError: If the weights of `--loss-class-weight` or `--loss-pos-weight` are those of other classes.
+        UsageError: If the weights of `--loss-class-weight` or `--loss-pos-weight` are those of other classes, or the
+            features of student and teacher cannot be compared.
     """
     args = setup.args
     loss = loss_kwargs(args)
@@ -69,23 +72,49 @@ def create_task(setup: Setup, teacher: nn.Module | None, optimizer: torch.optim.
     if kd is None:
         task = ClassificationTask(setup.student, **common)
     else:
-        second_order = getattr(optimizer, 'is_second_order', False)
-        task = KDTask(
-            setup.student,
-            create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters),
-            teacher=teacher,
-            smoothing=args.smoothing,
-            task_loss_weight=kd.task_loss_weight,
-            distill_loss_weight=kd.distill_loss_weight,
-            warmup_epochs=kd.warmup_epochs,
-            **common,
-        )
+        common.update(task_loss_weight=kd.task_loss_weight, distill_loss_weight=kd.distill_loss_weight)
+        if kd.loss == 'feature':
+            task = _feature_task(setup, TaskTeacher(teacher, setup.dtype), **common)
+        elif kd.loss == 'token':
+            task = TokenDistillationTask(
+                setup.student, TaskTeacher(teacher, setup.dtype), **kd.loss_parameters, **common)
+        else:
+            second_order = get_optimizer_info(args.opt.lower().split('_')[-1]).second_order
+            task = KDTask(
+                setup.student,
+                create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters),
+                teacher=teacher,
+                smoothing=args.smoothing,
+                warmup_epochs=kd.warmup_epochs,
+                **common,
+            )
     if args.model_ema:
         task.setup_ema(
             decay=args.model_ema_decay,
             use_warmup=args.model_ema_warmup,
             device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
+    return task
+
+
+def _feature_task(setup: Setup, teacher: TaskTeacher, **options: Any) -> FeatureDistillationTask:
+    """Make timm's task, which projects the student's features to the width of the teacher's, and try it on no image."""
+    widths = setup.kd.loss_parameters
+    given = ' '.join(as_given(f'kd_{name}', width) for name, width in widths.items() if width is not None)
+    try:
+        task = FeatureDistillationTask(setup.student, teacher, **widths, **options)
+        with preserved_random_state(), torch.no_grad(), setup.steps.autocast():
+            images = torch.zeros(2, *setup.data_config['input_size'], device=setup.process.device, dtype=setup.dtype)
+            features = task.eval().trainable_module(images)[1], teacher(images, return_features=True)
+    except UsageError:
+        raise
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f'--kd-distill-type feature {given}: {shortened(error)}') from error
+    if features[0].shape != features[1].shape:
+        raise UsageError(
+            f'--kd-distill-type feature {given}: --model {setup.args.model} gives features of shape '
+            f'{list(features[0].shape[1:])} for an image, the teacher {list(features[1].shape[1:])}; '
+            '--kd-student-feature-dim and --kd-teacher-feature-dim are their widths.')
     return task
 
 

@@ -196,7 +196,7 @@ def check_num_classes(
     Raises:
         UsageError: With both counts, and the command that makes a teacher for the student's classes.
     """
-    if teacher_classes == 0:
+    if num_classes is not None and teacher_classes == 0:
         raise UsageError(f"teacher '{source}' has no classifier: choose one trained on the classes of the student.")
     if num_classes is not None and teacher_classes is not None and teacher_classes != num_classes:
         raise UsageError(

@@ -128,7 +128,7 @@ class Teacher(nn.Module):
             memory_format=torch.channels_last if self.channels_last else torch.preserve_format,
         )
         self._compile_options = None if compile_backend is None else {'backend': compile_backend}
-        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._compiled: dict[Callable, Callable] = {}
         self._checked = False
         self.eval()
 
@@ -202,35 +202,57 @@ class Teacher(nn.Module):
             UsageError: If the teacher refuses the size of the images, or the logits of the first batch are NaN,
                 infinite or of the wrong shape.
         """
+        logits = self._answer(self._logits, images)
+        if not self._checked:
+            self._check(logits, images)  # the only host sync, once
+        return logits if self.classes is None else self.classes(logits)
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the head of a timm model makes its logits of: its pooled features before the last layer.
+
+        Args:
+            images: `[B, in_chans, H, W]` as the student gets them; never modified.
+
+        Returns:
+            Features `[B, D]` in float32, without gradient.
+
+        Raises:
+            UsageError: If the teacher refuses the size of the images.
+        """
+        return self._answer(self._features, images)
+
+    def _answer(self, compute: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """Ask the model in its own precision, compiled where it is to be."""
         device_type = images.device.type
         autocast = self.dtype_name != 'amp' and torch.amp.is_autocast_available(device_type)  # not on the meta device
         own_precision = torch.autocast(device_type, enabled=False) if autocast else nullcontext()
         try:
             with own_precision:
-                logits = self._logits(images) if self._compile_options is None else self._compiled_logits(images)
+                return compute(images) if self._compile_options is None else self._compiled_answer(compute, images)
         except AssertionError as error:  # how timm's models refuse a size
             size = 'x'.join(map(str, images.shape[-2:]))
             raise UsageError(
                 f"teacher '{self.source}' refuses images of {size} ({error}): `img_size` N resizes them for it."
             ) from error
-        if not self._checked:
-            self._check(logits, images)  # the only host sync, once
-        return logits if self.classes is None else self.classes(logits)
 
-    def _compiled_logits(self, images: torch.Tensor) -> torch.Tensor:
+    def _compiled_answer(self, compute: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         try:
             from torch._inductor import config  # takes seconds, and a machine may lack what it needs
-            if self._compiled is None:
-                self._compiled = torch.compile(self._logits, **self._compile_options)
+            if compute not in self._compiled:
+                self._compiled[compute] = torch.compile(compute, **self._compile_options)
             # Freezing makes the weights constants of the code that inductor generates.
             with config.patch(freezing=True):
                 # A copy: CUDA graphs answer the next batch in the memory of this one.
-                return self._compiled(images).clone()
+                return self._compiled[compute](images).clone()
         except Exception as error:
-            logits = self._logits(images)  # raises again where the model is at fault, and not the compiler
+            answer = compute(images)  # raises again where the model is at fault, and not the compiler
             _logger.warning(f'Teacher {self.source} runs uncompiled, torch.compile failed: {shortened(error)}')
             self._compile_options = None
-            return logits
+            return answer
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_head(self.model.forward_features(self.inputs(images)), pre_logits=True).float()
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         output = self.model(self.inputs(images))

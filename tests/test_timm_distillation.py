@@ -1,0 +1,259 @@
+"""timm's own feature and token distillation, driven by the script with teachers of this project."""
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import STILL, build, digits_batch, run_script
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, AugMixDataset, create_dataset, create_loader
+from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationEvaluator, FeatureDistillationTask, TokenDistillationTask
+from timm.utils import AverageMeter, random_seed
+from torch import nn
+
+from timm_kd import Teacher
+from timm_kd.cli import parse_args, resolve_kd
+from timm_kd.hub import push_run
+from timm_kd.task import TaskTeacher
+
+DEIT = dict(model_name='deit_tiny_distilled_patch16_224', depth=2, embed_dim=32, num_heads=2, img_size=32)
+DEIT_FLAGS = '--model deit_tiny_distilled_patch16_224 --model-kwargs depth=2 embed_dim=32 num_heads=2'
+FEATURE, TOKEN = '--kd-distill-type feature', f'--kd-distill-type token {DEIT_FLAGS}'
+
+
+def save_vit(folder, mean, std):
+    """Saves a transformer, in whose forward nothing is folded or laid out anew."""
+    settings = dict(img_size=32, embed_dim=48, num_heads=3)
+    save_for_hf(
+        build('test_vit', seed=5, **settings), folder, safe_serialization=True, model_config={'model_args': settings},
+        data_config={'input_size': (3, 32, 32), 'mean': mean, 'std': std})
+    return folder
+
+
+@pytest.fixture(scope='module')
+def vit_teacher(tmp_path_factory):
+    """A teacher that is normalised as timm's test models are."""
+    return save_vit(tmp_path_factory.mktemp('teacher') / 'vit', (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture(scope='module')
+def deit_like_teacher(tmp_path_factory):
+    """A teacher that is normalised as DeiT is."""
+    return save_vit(tmp_path_factory.mktemp('teacher') / 'vit', IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def train_by_hand(data, make_task, student=None, splits=0, epochs=2, lr=3e-3):
+    """Trains timm's task in the plainest loop; returns the rows of summary.csv and the task."""
+    random_seed(42, 0)
+    model = timm.create_model(**(student or dict(model_name='test_resnet')), num_classes=10)
+    norm = {name: model.pretrained_cfg[name] for name in ('mean', 'std', 'interpolation')}
+    common = dict(batch_size=32, input_size=(3, 32, 32), device=torch.device('cpu'), num_workers=0)
+    dataset = create_dataset('', data, 'train', is_training=True)
+    if splits:
+        dataset = AugMixDataset(dataset, num_splits=splits)
+    loader = create_loader(
+        dataset, is_training=True, num_aug_splits=splits, **common, **{**norm, 'interpolation': 'random'})
+    eval_loader = create_loader(
+        create_dataset('', data, 'validation', is_training=False), **common, **norm,
+        crop_pct=model.pretrained_cfg['crop_pct'])
+    task = make_task(model, JsdCrossEntropy(splits) if splits else LabelSmoothingCrossEntropy(0.1))
+    optimizer = create_optimizer_v2(task.get_trainable_module(), 'adamw', lr=lr, weight_decay=2e-5)
+    task.setup_ema(decay=0.9)
+    rows, updates = [], itertools.count(1)
+    for epoch in range(epochs):
+        task.train()
+        meters = {}
+        for images, target in loader:
+            result = task(images, target)
+            result['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            task.update_ema(step=next(updates))
+            for name, value in result.items():
+                if name != 'output':
+                    meters.setdefault(f'train_{name}', AverageMeter()).update(value.item(), len(images))
+        for ema in (False, True):
+            evaluator, evaluated = ClassificationEvaluator('cpu'), task.get_eval_model(ema=ema).eval()
+            with torch.no_grad():
+                for images, target in eval_loader:
+                    evaluator.update(evaluated(images), target)
+        rows.append({
+            'epoch': epoch, **{name: meter.avg for name, meter in meters.items()}, 'lr': lr,
+            **{f'eval_{name}': value for name, value in evaluator.compute().items()}})
+    return rows, task
+
+
+@pytest.mark.parametrize('flags, task, settings, student, splits', [
+    (FEATURE, FeatureDistillationTask, {}, None, 0),
+    (f'{FEATURE} --jsd-loss --aug-splits 2', FeatureDistillationTask, {}, None, 2),
+    (f'{FEATURE} --task-loss-weight 0.3', FeatureDistillationTask, dict(task_loss_weight=0.3), None, 0),
+    (TOKEN, TokenDistillationTask, dict(temperature=4.0), DEIT, 0),
+    (f'{TOKEN} --kd-temperature 2 --distill-loss-weight 0.7 --loss jsd --aug-splits 2', TokenDistillationTask,
+     dict(temperature=2.0, distill_loss_weight=0.7), DEIT, 2),
+    (f'{TOKEN} --kd-token-distill-type hard', TokenDistillationTask, dict(distill_type='hard'), DEIT, 0),
+], ids=['feature', 'feature-jsd', 'feature-weights', 'token', 'token-jsd', 'token-hard'])
+def test_run_is_that_of_timms_task_bit_for_bit(
+        flags, task, settings, student, splits, train, digits, vit_teacher, deit_like_teacher):
+    source = f'local-dir:{deit_like_teacher if student else vit_teacher}'
+    run = train(f'--kd-model-name {source} {flags} --epochs 2 --model-ema --model-ema-decay 0.9 '
+                '--sched none')
+    teacher = timm.create_model(source, pretrained=True)
+    rows, reference = train_by_hand(
+        digits, lambda model, criterion: task(model, teacher, criterion, verbose=False, **settings), student, splits)
+    assert [{name: row[name] for name in rows[0]} for row in run.rows] == rows
+    expected = reference.get_checkpoint_state() | reference.get_checkpoint_state(ema=True)
+    saved = run.checkpoint()
+    assert {name for name in saved if name.startswith(('state_dict', 'task_state'))} == expected.keys()
+    assert ('task_state_ema' in expected) == (task is FeatureDistillationTask)  # the projection, 96 to 48
+    for part, state in expected.items():
+        for name, value in flatten(state).items():
+            assert torch.equal(flatten(saved[part])[name], value), f'{part} {name}'
+    assert not any('teacher' in name for part in expected for name in flatten(saved[part]))
+
+
+def flatten(state: dict) -> dict[str, torch.Tensor]:
+    return {f'{part}.{name}': value for part, inner in state.items() for name, value in (
+        inner.items() if isinstance(inner, dict) else [('', inner)])}
+
+
+def test_teacher_with_another_normalisation_and_size_is_adapted(digits_teacher):
+    images, _ = digits_batch()
+    model = timm.create_model(f'local-dir:{digits_teacher}', pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, -1, 1, 1) for name in ('mean', 'std'))
+    resized = nn.functional.interpolate(images, (24, 24), mode='bilinear', antialias=True)
+    with torch.no_grad():
+        adapted = (resized * 0.5 + 0.5 - mean) / std
+        expected = model.forward_head(model.forward_features(adapted), pre_logits=True)
+    teacher = TaskTeacher(Teacher(
+        f'local-dir:{digits_teacher}', None, (0.5,) * 3, (0.5,) * 3, img_size=24, dtype='float32'))
+    task = FeatureDistillationTask(build(), teacher, nn.CrossEntropyLoss(), verbose=False).eval()
+    assert task.trainable_module.projection is None
+    result = task(images, digits_batch()[1])
+    torch.testing.assert_close(
+        result['kd_loss'], nn.functional.mse_loss(task.trainable_module(images)[1], expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(teacher(images), model(adapted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'auto'])
+def test_precision_of_the_teacher_is_its_own(dtype, train, vit_teacher):
+    runs = [train(f'--teacher {vit_teacher} --teacher-dtype {each} {FEATURE} {STILL}', each) for each in (
+        'float32', dtype)]
+    losses = [run.rows[0]['train_kd_loss'] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert (losses[1] == losses[0]) or dtype != 'float32'
+
+
+@pytest.mark.parametrize('flags', [FEATURE, TOKEN])
+def test_students_of_low_precision_learn_in_it(flags, train, vit_teacher):
+    run = train(f'--kd-model-name local-dir:{vit_teacher} {flags} --model-dtype bfloat16')
+    saved = run.checkpoint()
+    for part in ('state_dict', 'task_state'):
+        if part in saved:
+            assert {value.dtype for value in flatten(saved[part]).values() if value.is_floating_point()} == {
+                torch.bfloat16}
+
+
+@pytest.mark.parametrize('flags', [FEATURE, TOKEN])
+def test_under_autocast_the_teacher_of_timms_flag_is_in_it(flags, train, vit_teacher):
+    amp = '--amp --amp-dtype bfloat16'
+    theirs, ours = (train(f'{teacher} {flags} {amp} {STILL}', name) for name, teacher in (
+        ('theirs', f'--kd-model-name local-dir:{vit_teacher}'),
+        ('ours', f'--teacher {vit_teacher} --teacher-dtype float32'),
+    ))
+    name = 'train_kd_loss' if flags == FEATURE else 'train_distill_loss'
+    assert theirs.rows[0][name] != ours.rows[0][name]
+    assert theirs.rows[0][name] == pytest.approx(ours.rows[0][name], rel=0.02)
+
+
+def test_features_of_a_teacher_with_other_classes_or_none_are_learned(train, tmp_path):
+    for classes in (7, 0):
+        folder = tmp_path / f'of-{classes}'
+        save_for_hf(build(num_classes=classes, seed=3), folder, safe_serialization=True)
+        run = train(f'--teacher {folder} {FEATURE}', str(classes))
+        assert 'eval_agreement' not in run.rows[0] and run.rows[0]['train_kd_loss'] > 0
+        assert run.record['teacher'][0]['top1'] is None
+
+
+def test_several_teachers_teach_a_token_by_their_mean(train, vit_teacher, digits_teacher):
+    alone = train(f'--teacher {vit_teacher} {TOKEN} {STILL}', 'alone')
+    twice = train(f'--teacher {vit_teacher} --teacher {vit_teacher} {TOKEN} {STILL}', 'twice')
+    both = train(f'--teacher {vit_teacher} --teacher {digits_teacher} {TOKEN} {STILL}', 'both')
+    losses = [run.rows[0]['train_distill_loss'] for run in (alone, twice, both)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and abs(losses[2] - losses[0]) > 0.1
+
+
+@pytest.mark.parametrize('flags, words', [
+    (f'{FEATURE} --kd-student-feature-dim 64', ['--kd-student-feature-dim 64', '96']),
+    (f'{FEATURE} --kd-teacher-feature-dim 64', ['--kd-teacher-feature-dim 64', '[48]', '[64]']),
+    ('--kd-distill-type token', ['--kd-distill-type token', '--model test_resnet', 'deit_tiny_distilled']),
+    (DEIT_FLAGS, ['--model deit_tiny_distilled_patch16_224', '--kd-distill-type token']),
+])
+def test_student_and_widths_that_do_not_fit_are_refused(flags, words, digits, vit_teacher, tmp_path):
+    run = run_script(f'--teacher {vit_teacher} {flags}', digits, tmp_path)
+    assert run.exit_code == 2 and run.error.count('\n') == 1
+    assert [word for word in words if word not in run.error] == []
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize('flags', [FEATURE, TOKEN])
+def test_run_stopped_inside_an_epoch_ends_as_the_whole_one(flags, train, vit_teacher):
+    common = (f'--teacher {vit_teacher} {flags} --epochs 2 --replayable-data --recovery-interval 2 --model-ema '
+              '--model-ema-decay 0.9 --drop-path 0.1')
+    whole = train(common, 'whole')
+    resumed = train(f'{common} --resume {whole.folder / "recovery-1-3.pth.tar"}', 'resumed')
+    assert resumed.rows[-1] == whole.rows[-1]
+    states = [run.checkpoint() for run in (whole, resumed)]
+    for part in ('state_dict', 'state_dict_ema', 'task_state', 'task_state_ema'):
+        one, two = (flatten(state.get(part, {})) for state in states)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), part
+
+
+@pytest.mark.parametrize('flags, says', [
+    (FEATURE, ['W f_s', 'pooled features']),
+    (TOKEN, ['T^2', 'distillation head', 'touvron2021', '| temperature | 4.0 |']),
+    (f'{TOKEN} --kd-token-distill-type hard', ['arg', 'touvron2021']),
+])
+def test_card_says_what_was_distilled(flags, says, train, vit_teacher):
+    run = train(f'--teacher {vit_teacher} {flags} --model-ema')
+    push_run(run.folder, 'me/student', dry_run=True)
+    card = (run.folder / 'hub' / 'README.md').read_text()
+    assert [words for words in (*says, 'knowledge distillation from', 'weight of D') if words not in card] == []
+    assert 'None' not in card.partition('## Loss')[2].partition('## Use')[0]
+    published = timm.create_model(f'local-dir:{run.folder / "hub"}', pretrained=True)
+    weights = run.checkpoint('model_best.pth.tar')['state_dict_ema']
+    assert all(torch.equal(value, weights[name]) for name, value in published.state_dict().items())
+
+
+@pytest.mark.parametrize('distillation', [
+    {'kd_distill_type': 'feature'}, {'kd_distill_type': 'token', 'kd_token_distill_type': 'hard'},
+])
+def test_args_yaml_of_timms_script_is_taken_with_its_unused_temperature(distillation, tmp_path):
+    path = tmp_path / 'args.yaml'
+    path.write_text(yaml.safe_dump({'kd_model_name': 'resnet34', 'kd_temperature': 4.0, **distillation}))
+    args, _ = parse_args([str(tmp_path), '-c', str(path)])
+    assert args.kd_temperature is None and args.kd_distill_type == distillation['kd_distill_type']
+
+
+def test_compiled_task_computes_what_it_does_uncompiled(vit_teacher):
+    images, target = digits_batch()
+    for make, student in (
+        (FeatureDistillationTask, build()),
+        (TokenDistillationTask, timm.create_model(**DEIT, num_classes=10)),
+    ):
+        teacher = Teacher(f'local-dir:{vit_teacher}', None, (0.5,) * 3, (0.5,) * 3, dtype='float32')
+        task = make(student, TaskTeacher(teacher), nn.CrossEntropyLoss(), verbose=False).train()
+        expected = copy.deepcopy(task)(images, target)
+        task.compile(backend='eager')
+        result = task(images, target)
+        for name in expected:
+            torch.testing.assert_close(result[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_token_has_the_defaults_of_timms_script():
+    kd = resolve_kd(parse_args(['/', '--kd-model-name', 'x', '--kd-distill-type', 'token'])[0])
+    assert kd.loss_parameters == {'distill_type': 'soft', 'temperature': 4.0}
+    assert (kd.task_loss_weight, kd.distill_loss_weight, kd.warmup_epochs) == (1.0, 1.0, 0)
