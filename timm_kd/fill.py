@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,10 @@ def _fill(run: TeacherRun) -> None:
 
 def _first_absent(run: TeacherRun, epoch: int) -> int:
     """Return the first batch of an epoch that has an absent row; the number of batches where there is none."""
-    absent = np.flatnonzero(~run.teacher.folder.present(epoch, run.rows(epoch)))
+    if not run.teacher.folder.has_epoch(epoch):
+        return 0
+    with closing(run.teacher.folder.open_epoch(epoch)) as file:
+        absent = np.flatnonzero(~file.has(run.rows(epoch)))
     return int(absent[0]) // run.setup.args.batch_size if len(absent) else run.num_batches
 
 

@@ -94,12 +94,12 @@ class Loop:
                 self.lr_scheduler.step_update(num_updates=updates)
 
     def _place_in_epoch(self, batch: int, batches: int) -> int:
-        """Return the batch to go on with: where the epoch has another number of batches now, one as far into it."""
+        """Return the batch to go on with: one as far into the epoch, which may have another number of batches now."""
         place = batch * len(self.data.loader) // batches
         return place if place == len(self.data.loader) else place - place % self.steps.grad_accum_steps
 
     def _num_updates(self, batches: int | None = None) -> int:
-        """Return how many updates so many batches of an epoch make; by default, all of them."""
+        """Return how many updates the first `batches` of an epoch make; by default, those of a whole epoch."""
         return -(-(len(self.data.loader) if batches is None else batches) // self.steps.grad_accum_steps)
 
     def run(self) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ class Loop:
         return self.stop.agreed or bool(interval and (update_idx + 1) % interval == 0)
 
     def _save_recovery(self, epoch: int, batches: int, own: dict[str, Any]) -> None:
-        """Save where the run stands after so many batches of an epoch; after SIGTERM, it ends here."""
+        """Save where the run stands after the first `batches` of an epoch; after SIGTERM, the run ends here."""
         update_idx, trained = self._num_updates(batches) - 1, batches == len(self.data.loader)
         ranks = gather_rank_states(own, self.process)
         if self.saver is not None:

@@ -76,9 +76,10 @@ _RENDEZVOUS = 'timm-kd'
 
 
 def _rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[torch.distributed.Store, int, int]]:
-    """Meet as torch's `env://` does, in a store that belongs to this start of the processes, and watch it.
+    """Meet as torch's `env://` does, and start a `_Watch` of the processes.
 
-    torchrun's agent keeps one store over its restarts, where a restarted process could find the address of a dead one.
+    torchrun's agent keeps one store over its restarts, where a restarted process could find the address of a dead one:
+    each start of the processes has names of its own in it.
     """
     prefix = f'start-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'
     for store, rank, world_size in rendezvous('env://', **kwargs):
@@ -95,8 +96,8 @@ def setup_process(device: str, device_modules: list[str] | None = None) -> Proce
 
     Args:
         device: The device by its name in torch. In a process group, each process of a host gets one of its own. On a
-            machine without a GPU, cuda means the CPU, with a warning: whoever asked for a GPU was told by
-            `cli.checks.check_device`.
+            machine without a GPU, cuda means the CPU, with a warning: it is the default, and a user who asked for a GPU
+            was refused by `cli.checks.check_device`.
         device_modules: Modules to import first, which make their devices known to torch.
 
     Raises:
@@ -130,7 +131,7 @@ def setup_process(device: str, device_modules: list[str] | None = None) -> Proce
 
 
 def _accelerators() -> dict[str, Any]:
-    """Return torch's modules of the accelerators in use, each of which draws for the current device of the process."""
+    """Return torch's modules of the accelerators in use, whose random streams are those of the process's device."""
     in_use = {
         'cuda': torch.cuda.is_initialized(),
         'xpu': torch.xpu.is_initialized(),

@@ -237,7 +237,7 @@ def _cache_key(setup: Setup, by_batch: bool, count: int) -> Key:
 
 
 def _augmentation(setup: Setup) -> Key:
-    """Return the settings that act: a flag that another one switches off makes no other images."""
+    """Return the settings that decide the images: one that another flag switches off is none of them."""
     args = setup.args
     settings = augmentation_settings(args, setup.data_config)
     if args.no_aug:

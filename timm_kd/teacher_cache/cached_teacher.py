@@ -27,7 +27,7 @@ class CachedTeacher(nn.Module):
     Args:
         folder: The cache.
         layout: How a row is stored.
-        batch_sampler: That of the replayable training loader.
+        batch_sampler: The batch sampler of the replayable training loader.
         by_position: Rows are numbered by position in the epoch (where rows mix or share draws, or several are of one
             sample), else by sample index.
         device: Where the logits are wanted.
@@ -61,7 +61,7 @@ class CachedTeacher(nn.Module):
         self._pass = self._batch = -1
 
     def compile(self, *args, **kwargs) -> 'CachedTeacher':
-        """Compile the live teacher, if there is one."""
+        """Compile the live teacher where there is one."""
         if self.teacher is not None:
             self.teacher.compile(*args, **kwargs)
         return self
