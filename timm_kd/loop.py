@@ -1,5 +1,4 @@
 """The epochs of a run: train, validate, record, save; stop and take up anywhere."""
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from .engine import Progress, train_one_epoch, validate
 from .meters import AgreementEvaluator, NonFiniteLoss, SkippedSteps, StepTotals
-from .process import AgreedStop, print_out
+from .process import AgreedStop
 from .run.checkpoint import AtomicSaver
 from .run.log import RunLog
 from .run.record import Summary
@@ -274,12 +273,3 @@ class Loop:
             distributed=self.process.distributed,
             on_batch=on_batch,
         )
-
-
-def print_results(history: list[dict[str, Any]], best_epoch: int | None, **further: Any) -> None:
-    """Print the `--result` block, which ends stdout: all epochs, the best one, and what else is given."""
-    results = {'all': history, **further}
-    best = next((result for result in history if result['epoch'] == best_epoch), None)
-    if best is not None:
-        results['best'] = best
-    print_out(f'--result\n{json.dumps(results, indent=4)}')

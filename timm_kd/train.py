@@ -1,5 +1,6 @@
 """The training script: one run, top to bottom."""
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -21,8 +22,8 @@ from .data import class_names
 from .errors import UsageError
 from .files import FolderLock, write_atomically
 from .hub import check_access, push_run
-from .loop import Loop, print_results
-from .process import ending, setup_process
+from .loop import Loop
+from .process import ending, print_out, setup_process
 from .run.checkpoint import AtomicSaver
 from .run.log import RunLog, setup_logging
 from .run.record import Summary, write_record
@@ -291,10 +292,16 @@ def _create_log(args: argparse.Namespace, output_dir: str | None, world_size: in
 
 
 def _report(saver: AtomicSaver, history: list[dict[str, Any]], record: dict[str, Any]) -> None:
-    """Name the best epoch and print the `--result` block."""
+    """Name the best epoch and print the `--result` block, which ends stdout."""
+    results = {'all': history}
+    if record['teacher']:
+        results['teacher'] = record['teacher']
     if saver.best_metric is not None:
         _logger.info(f'*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})')
-    print_results(history, saver.best_epoch, **({'teacher': record['teacher']} if record['teacher'] else {}))
+        best = [result for result in history if result['epoch'] == saver.best_epoch]
+        if best:
+            results['best'] = best[-1]  # an epoch that was trained again is ranked by its last result
+    print_out(f'--result\n{json.dumps(results, indent=4)}')
 
 
 if __name__ == '__main__':
