@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With an `ExitCode`, where the run did not come to its end.
     """
     argv = sys.argv[1:] if argv is None else argv
-    setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
+    setup_logging()
     with ending('train-kd', speak=in_flags), FolderLock() as lock:
         args, args_text = parse_args(argv)
         run(args, args_text, argv, lock)

@@ -20,11 +20,11 @@ from ..meters import StepTotals
 _logger = logging.getLogger('train')
 
 
-def setup_logging(primary: bool = True) -> None:
+def setup_logging() -> None:
     """Log to the console as timm's script does; other processes than the primary report errors alone."""
     if not logging.root.handlers:
         setup_default_logging()
-    logging.root.setLevel(logging.INFO if primary else logging.ERROR)
+    logging.root.setLevel(logging.ERROR if int(os.environ.get('RANK', 0)) else logging.INFO)
 
 
 @contextmanager

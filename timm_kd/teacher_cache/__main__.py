@@ -7,7 +7,6 @@
 import argparse
 import json
 import logging
-import os
 from contextlib import closing
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With an `ExitCode`; `FAILED` where `verify` finds rows that differ.
     """
     options, further = _parser().parse_known_args(argv)
-    setup_logging(primary=int(os.environ.get('RANK', 0)) == 0)
+    setup_logging()
     logging.captureWarnings(True)
     with ending('timm_kd.teacher_cache', 'interrupted; what is stored stays, the same command goes on.', in_flags):
         if options.command == 'fill':
