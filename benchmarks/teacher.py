@@ -167,7 +167,7 @@ def main() -> None:
         f'`{args.student}` from `{args.teacher}`, {args.batch_size} images of {args.img_size} px{layout}, {device}, '
         f'torch {torch.__version__}, {args.rounds} rounds\n'
     )
-    print(f'teacher: {tasks["ours"].teacher.describe((args.img_size, args.img_size))}\n')
+    print(f'teacher: {tasks["ours"].teacher.describe()}\n')
     report(times, logit_errors(tasks, images), args)
     print()
     judge(times, tasks)

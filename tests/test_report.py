@@ -187,6 +187,15 @@ def test_wrong_flag_names_itself(study, capsys, flags, said):
     assert said in capsys.readouterr().err
 
 
+def test_reader_that_has_seen_enough_is_no_error(study):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, '-m', 'timm_kd.report', str(study), '--csv', str(study / 'table.csv')]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert (study / 'table.csv').exists()
+
+
 def test_csv_has_the_figures_in_full(study):
     assert main([str(study), '--csv', str(study / 'table.csv')]) == 0
     with open(study / 'table.csv', newline='') as file:

@@ -228,7 +228,7 @@ def test_fingerprint_tells_apart_whatever_changes_the_logits(tmp_path):
 
 
 def test_start_up_line_names_what_it_does():
-    # torchvision's table of ResNet-18: 11.69 M parameters, 1.81 G multiply-adds at 224 x 224
+    # 11.69 M parameters: torchvision's table of ResNet-18.
     line = Teacher(timm.create_model('resnet18'), 1000, mean=(0.5,) * 3, std=(0.5,) * 3, dtype='float32').describe()
-    for part in ('resnet18', '11.69 M parameters', '3.63 GFLOPs at 224x224', 'float32', 'channels-last', '0.485'):
+    for part in ('resnet18', '11.69 M parameters', 'float32', 'channels-last', '0.485'):
         assert part in line

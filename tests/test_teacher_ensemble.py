@@ -83,9 +83,3 @@ def test_architecture_without_a_weights_file_is_refused(tmp_path):
     timm.models.save_for_hf(build(seed=0), tmp_path, safe_serialization=True)
     with pytest.raises(UsageError, match='no teacher is one'):
         create_teacher([str(tmp_path)] * 2, 4, model='test_resnet')
-
-
-def test_as_many_architectures_as_teachers_or_one(tmp_path):
-    torch.save(build(seed=0).state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match='`model` is given 3 times for 2 teachers'):
-        create_teacher([str(tmp_path / 'weights.pth')] * 2, 4, model=['test_resnet'] * 3)

@@ -61,13 +61,13 @@ def ask(hub: Hub, home: Path, *specs: str, token: str | None = None) -> dict[str
 
 PUBLIC = ['hf-hub:org/public', 'hf_hub:org/public', 'org/public', 'org/public@v1', 'org/pickled']
 REFUSED = {
-    'me/private': 'no me/private on the Hub, or it is private: `hf auth login`',
+    'me/private': 'no me/private on the Hub, or it is private: run `hf auth login`',
     'org/absent': 'no org/absent on the Hub',
     'org/public@none': 'org/public@none has no such revision',
     'org/empty': 'org/empty is not a timm model',
     'org/transformers': 'org/transformers is not a timm model',
     'hf-hub:a/b/c': 'a/b/c is not a valid name',
-    'org/forbidden': 'refused access to org/forbidden: `hf auth login`',
+    'org/forbidden': 'refused access to org/forbidden: run `hf auth login`',
 }
 
 

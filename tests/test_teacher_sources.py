@@ -380,7 +380,7 @@ def test_teacher_is_in_eval_mode_from_the_start():
      '--teacher-cache-rebuild.'),
     ("class map 'classes.txt': `train_split` train has 9 classes, `num_classes` 8.",
      '--class-map classes.txt: --train-split train has 9 classes, --num-classes 8.'),
-    ('`hf auth login` (or HF_TOKEN) logs you in', '`hf auth login` (or HF_TOKEN) logs you in'),
+    ('run `hf auth login`, or set HF_TOKEN', 'run `hf auth login`, or set HF_TOKEN'),
 ])
 def test_script_speaks_flags_where_the_library_speaks_arguments(said, in_the_script):
     assert in_flags(said) == in_the_script

@@ -241,7 +241,6 @@ class _SideBySide(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.image_size = tuple(images.shape[-2:])
         return torch.stack([member(images) for member in self.members], dim=1)
 
 
@@ -266,13 +265,11 @@ def evaluate_teacher(
         Metrics of each member, and the classes `[N]` that they predict together, in the order of the loader.
     """
     evaluator = TeacherEvaluator(len(members), settings.device, max_samples=evaluation_sample_limit(loader))
-    teacher = _SideBySide(members)
-    metrics = validate(teacher, loader, evaluator, settings, tta=tta, distributed=distributed)
+    metrics = validate(_SideBySide(members), loader, evaluator, settings, tta=tta, distributed=distributed)
     for member, result in zip(members, metrics, strict=True):
         top1, chance = result['top1'], 100 / member.num_classes
         _logger.info(
-            f'Teacher {member.describe(teacher.image_size)}: top-1 {top1:.2f} %, top-5 {result["top5"]:.2f} % on the '
-            'validation set')
+            f'Teacher {member.describe()}: top-1 {top1:.2f} %, top-5 {result["top5"]:.2f} % on the validation set')
         if top1 <= chance:
             _logger.warning(
                 f'--teacher {member.source} is no better than chance (top-1 {top1:.2f} %, chance {chance:.2f} %): its '

@@ -22,7 +22,13 @@ UNSAFE = (
     'the weights are no plain file of tensors, so loading them could run code, and it was refused. Save the '
     'state_dict() of the model alone, best as .safetensors'
 )
-_LOG_IN = '`hf auth login` (or HF_TOKEN) logs you in'
+LOG_IN = 'run `hf auth login`, or set HF_TOKEN'
+_BOUNDS = {
+    'above': ('above', operator.gt),
+    'at_least': ('of at least', operator.ge),
+    'below': ('below', operator.lt),
+    'at_most': ('of at most', operator.le),
+}
 
 
 class ExitCode(IntEnum):
@@ -60,32 +66,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f' (did you mean {" or ".join(near)}?)' if near else ''
 
 
-def out_of_range(
-        value: float,
-        above: float | None = None,
-        at_least: float | None = None,
-        below: float | None = None,
-        at_most: float | None = None,
-) -> str:
-    """Return what a number should have been ("a value above 0") if it is not finite or outside of its range, or ''."""
+def out_of_range(value: float, **bounds: float) -> str:
+    """Return what a number should have been ("a value above 0") if it is not finite or outside of its range, or ''.
+
+    Args:
+        value: The number.
+        **bounds: Its range: `above`, `at_least`, `below`, `at_most`.
+    """
     if not math.isfinite(value):
         return 'a finite number'
-    bounds = [
-        ('above', above, operator.gt),
-        ('of at least', at_least, operator.ge),
-        ('below', below, operator.lt),
-        ('of at most', at_most, operator.le),
-    ]
-    given = [(text, bound, holds) for text, bound, holds in bounds if bound is not None]
-    if all(holds(value, bound) for _, bound, holds in given):
+    if all(_BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
         return ''
-    return 'a value ' + ' and '.join(f'{text} {bound}' for text, bound, _ in given)
+    return 'a value ' + ' and '.join(f'{_BOUNDS[name][0]} {bound}' for name, bound in bounds.items())
 
 
-def few(names: Iterable[str]) -> str:
-    """Return the first three of some names, for a message."""
-    first = [str(name) or "''" for name in names]
-    return ', '.join(first[:3]) + (', ...' if len(first) > 3 else '') or 'nothing'
+def few(names: Iterable[object], most: int = 3) -> str:
+    """Return the first of some names, for a message."""
+    words = [str(name) or "''" for name in names]
+    return ', '.join(words[:most]) + (', ...' if len(words) > most else '') or 'nothing'
 
 
 def explain(error: Exception, repo: str) -> str:
@@ -93,9 +91,9 @@ def explain(error: Exception, repo: str) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # the Hub answered, and the client looked into its cache all the same
     if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
-        return f'{repo} is gated: accept its terms on the Hub; {_LOG_IN}'
+        return f'{repo} is gated: accept its terms on the Hub, then {LOG_IN}'
     if isinstance(error, RepositoryNotFoundError):
-        return f'there is no {repo} on the Hub, or it is private: {_LOG_IN}'
+        return f'there is no {repo} on the Hub, or it is private: {LOG_IN}'
     if isinstance(error, RevisionNotFoundError):
         return f'{repo} has no such revision'
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):  # before EntryNotFoundError, likewise
@@ -106,7 +104,7 @@ def explain(error: Exception, repo: str) -> str:
         return f'{repo} is not a valid name of a Hub repository'
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status in (401, 403):
-        return f'the Hub refused access to {repo}: {_LOG_IN}'
+        return f'the Hub refused access to {repo}: {LOG_IN}'
     if status is not None:
         return f'the Hub answered {status} for {repo}: try again later'
     if isinstance(error, OSError) or type(error).__module__.startswith('httpx'):

@@ -1,10 +1,12 @@
-"""Files: written whole or not at all, and weights read without running code that may be in them."""
+"""Files: written whole or not at all, and weights read without running code that may be in them; stdout."""
 import argparse
 import errno
+import logging
 import os
 import pickle
 import re
 import stat
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_logger = logging.getLogger(__name__)
 
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _LOCK_FILE = 'run.lock'
@@ -178,3 +181,14 @@ def load_file(path: str | Path, name: str, mmap: bool = False) -> Any:
         raise UsageError(
             f'{name} cannot be read, it is truncated or not a checkpoint ({shortened(error)})'
         ) from error
+
+
+def print_out(text: str) -> None:
+    """Print to stdout; where nobody reads there any more (`| head -1`) or it is full, go on without."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # that reader has what it wanted
+            _logger.warning(f'stdout cannot be written ({error.strerror}).')
+        # Python would try once more at its exit, and end with an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

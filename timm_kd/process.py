@@ -319,16 +319,6 @@ class _Watch:
             return
 
 
-def print_out(text: str) -> None:
-    """Print to stdout; where nobody reads there any more (`| head -1`) or it is full, go on without."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        _logger.warning(f'stdout cannot be written ({error.strerror}).')
-        # Python would try once more at its exit, and end with an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @contextmanager
 def ending(
         program: str,

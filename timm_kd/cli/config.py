@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, shortened
 from ..losses import KD_LOSSES
 from .kd_flags import knob_dests
 from .parser import ParseKwargs, Parser
@@ -75,7 +75,7 @@ def load_config(path: str, parser: Parser) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'--config {path}: {getattr(error, "strerror", None) or error}.') from error
     except yaml.YAMLError as error:
-        raise UsageError(f'--config {path}: not valid YAML: {" ".join(str(error).split())}.') from error
+        raise UsageError(f'--config {path}: not valid YAML: {shortened(error)}.') from error
     if config is None:
         return {}
     if not isinstance(config, dict):

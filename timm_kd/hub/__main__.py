@@ -3,7 +3,8 @@
 import argparse
 import logging
 
-from ..process import ending, print_out
+from ..files import print_out
+from ..process import ending
 from . import push_run
 
 

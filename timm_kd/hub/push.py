@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
-from ..errors import CommandError, ExitCode, UsageError
+from ..errors import LOG_IN, CommandError, ExitCode, UsageError
 from ..version import __version__
 from .card import Publication
 from .export import export_run, read_finished_run
@@ -18,12 +18,9 @@ from .scrub import without_token
 
 _logger = logging.getLogger(__name__)
 
-_LOG_IN = (
-    'run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)'
-)
 _ADVICE = {
-    401: f'the Hub does not accept the token: {_LOG_IN}; ',
-    403: f'the token may not write there: take another owner, or {_LOG_IN}; ',
+    401: f'the Hub does not accept the token: {LOG_IN}; ',
+    403: f'the token may not write there: take another owner, or a token with write access ({LOG_IN}); ',
 }
 
 
@@ -128,7 +125,7 @@ def _validate(repo_id: str) -> None:
 def _client() -> HfApi:
     token = get_token()
     if token is None:
-        raise PermissionError(f'no Hugging Face token: {_LOG_IN}')
+        raise PermissionError(f'no Hugging Face token: {LOG_IN} to a token with write access')
     return HfApi(token=token, library_name='timm-kd', library_version=__version__)
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ExitCode, UsageError
+from ..files import print_out
 from .curves import draw_curves, save_png, to_svg
 from .groups import group_runs, tabulate
 from .runs import find_runs
@@ -39,7 +40,7 @@ def _report(options: argparse.Namespace) -> list[str]:
     rows = tabulate(group_runs(runs), options.metric, options.baseline)
     note = ('Mean ± standard deviation over the seeds of a group; the difference to the baseline ± its standard error. '
             f'Best and last are of the epochs in {options.metric}.')
-    print(f'{markdown_table(rows)}\n{note}')
+    print_out(f'{markdown_table(rows)}\n{note}')
     if options.csv:
         options.csv.write_text(csv_table(rows))
     if options.png or options.html:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..files import FolderLock
 
 _MARKS = 'summary.csv', 'args.yaml', 'run.json'
@@ -131,7 +131,7 @@ def _read(path: Path, parse: Any, kind: type) -> Any:
         if not isinstance(content, kind):
             raise ValueError(f'it holds a {type(content).__name__}')
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f'{path} is damaged: {" ".join(str(error).split())}.') from error
+        raise UsageError(f'{path} is damaged: {shortened(error)}.') from error
     return content
 
 

@@ -9,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, few
 
 # The name of a map, and timm's name of the list of synsets that the teacher's classes follow.
 NAMED_MAPS = {
@@ -82,19 +82,19 @@ def load_class_map(spec: str | Path, num_classes: int, teacher_classes: int, mis
     wrong = sorted(i for i in counts if not 0 <= i < teacher_classes)
     if wrong:
         raise UsageError(
-            f'{name} has {_listed(wrong)} out of range: the teacher has {teacher_classes} classes, '
+            f'{name} has {few(wrong, 10)} out of range: the teacher has {teacher_classes} classes, '
             f'0 to {teacher_classes - 1}.'
         )
     repeated = sorted(i for i, count in counts.items() if count > 1)
     if repeated:
         raise UsageError(
-            f'{name} gives the teacher\'s class {_listed(repeated)} to several classes of the student: '
+            f'{name} gives the teacher\'s class {few(repeated, 10)} to several classes of the student: '
             'each needs one of its own.'
         )
     lacking = [student_class for student_class, i in zip(classes, indices, strict=True) if i == _MISSING]
     if lacking and missing == 'error':
         raise UsageError(
-            f'{name}: the teacher lacks {len(lacking)} of the student\'s classes ({_listed(lacking)}); '
+            f'{name}: the teacher lacks {len(lacking)} of the student\'s classes ({few(lacking, 10)}); '
             '`class_map_missing` mask trains them without a distillation term.'
         )
     if not counts:
@@ -130,7 +130,7 @@ def _read_map(path: Path, name: str, num_classes: int) -> list[int]:
             by_class = {int(key): index for key, index in entries.items()}
             entries = [by_class.pop(student_class, None) for student_class in range(num_classes)]
             if by_class:
-                raise ValueError(f'it maps class {_listed(sorted(by_class))}, the student has 0 to {num_classes - 1}')
+                raise ValueError(f'it maps class {few(sorted(by_class), 10)}, the student has 0 to {num_classes - 1}')
         if not isinstance(entries, list) or not all(entry is None or type(entry) is int for entry in entries):
             raise ValueError('it holds something else')
         return [_MISSING if entry is None else entry for entry in entries]
@@ -139,7 +139,3 @@ def _read_map(path: Path, name: str, num_classes: int) -> list[int]:
             f'{name} is not a class map ({error}): a text file with one index a line, a JSON list of indices, '
             'or a JSON object {student index: teacher index}.'
         ) from error
-
-
-def _listed(items: list, most: int = 10) -> str:
-    return ', '.join(map(str, items[:most])) + (f', ... {len(items) - most} more' if len(items) > most else '')

@@ -123,20 +123,19 @@ def load_model(
         model: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
         use_ema: bool = False,
-        has_class_map: bool = False,
 ) -> nn.Module:
     """Build the teacher's model with its weights, on the CPU in float32.
 
     Args:
         spec: See `locate`.
-        num_classes: The student's classes; None: not checked.
+        num_classes: The student's classes. Checked, never used to rebuild a head; it sizes the model of a weights file
+            that does not tell. None: the teacher has classes of its own.
         in_chans: Channels of the images. A teacher of 1 or 3 channels keeps its own where the images have 3 or 1;
             for other counts timm adapts the stem's weights.
         img_size: Input size to build a model of fixed size for.
         model: Architecture, for a weights file only.
         model_kwargs: Further arguments of the architecture.
         use_ema: Take the averaged weights of a weights file.
-        has_class_map: The teacher's classes are its own, and their count is not checked.
 
     Raises:
         UsageError: If the teacher is unknown, cannot be had, does not load, or has other classes than the student.
@@ -145,10 +144,9 @@ def load_model(
     kwargs = dict(model_kwargs or {})
     if 'num_classes' in kwargs:
         raise UsageError('`model_kwargs` num_classes: a teacher keeps the head it was trained with.')
-    expected = None if has_class_map else num_classes
     try:
         if kind == 'file':
-            return _load_file(Path(place), num_classes, expected, in_chans, img_size, model, kwargs, use_ema)
+            return _load_file(Path(place), num_classes, in_chans, img_size, model, kwargs, use_ema)
         if model is not None:
             raise UsageError(f"`model` {model} names the architecture of a weights file, teacher '{spec}' is none.")
         if use_ema:
@@ -158,7 +156,7 @@ def load_model(
         args = _resolve(place, in_chans, img_size, kwargs)
         # Before the weights, which may have to be downloaded.
         own_classes = args.get('num_classes', args['pretrained_cfg'].get('num_classes'))
-        check_num_classes(spec, own_classes, expected, f'{place} --pretrained')
+        check_num_classes(spec, own_classes, num_classes, f'{place} --pretrained')
         return create_model(pretrained=True, **args)
     except UsageError:
         raise
@@ -230,7 +228,6 @@ def _resolve(
 def _load_file(
         path: Path,
         num_classes: int | None,
-        expected: int | None,
         in_chans: int,
         img_size: int | tuple[int, int] | None,
         model: str | None,
@@ -259,7 +256,7 @@ def _load_file(
             raise
         raise RuntimeError(f'the file says {arch}. {error}') from error
     # Checked once the weights fit: of a file of another architecture, the class count is not what is wrong.
-    check_num_classes(str(path), cfg['num_classes'], expected, f'{model} --pretrained --pretrained-path {path}')
+    check_num_classes(str(path), cfg['num_classes'], num_classes, f'{model} --pretrained --pretrained-path {path}')
     del teacher.pretrained_cfg['state_dict']  # a second copy of the weights
     return teacher
 

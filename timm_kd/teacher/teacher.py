@@ -12,8 +12,6 @@ import torch
 from timm.models import clean_state_dict, get_model_input_config
 from timm.utils import unwrap_model
 from torch import nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UsageError, shortened
 from .adapt import InputAdapter, can_adapt_channels
@@ -88,10 +86,8 @@ class Teacher(nn.Module):
             self.source, net = type(spec).__name__, spec
         else:
             self.source = str(spec)
-            net = load_model(
-                self.source, num_classes, in_chans, img_size, model, model_kwargs, use_ema,
-                has_class_map=class_map is not None,
-            )
+            checked_classes = None if class_map is not None else num_classes
+            net = load_model(self.source, checked_classes, in_chans, img_size, model, model_kwargs, use_ema)
         net.eval().requires_grad_(False)
         inner = unwrap_model(net)
         cfg = {**_DEFAULT_CFG, **(getattr(inner, 'pretrained_cfg', None) or {})}
@@ -114,11 +110,11 @@ class Teacher(nn.Module):
         self.dtype = resolve_dtype(dtype, device or torch.device('cpu'))
         self.channels_last = is_convolutional(net)
         self.inputs = self._adapter(inner, cfg, expects, in_chans, mean, std, img_size, device)
-        self._default_size = self.inputs.size or tuple(expects['input_size'][1:])
         folded = None
         if fold_bn and dtype != 'amp':
-            small = tuple(min(128, length) for length in self._default_size)
-            trial_size = self._default_size if expects['fixed_input_size'] else small
+            trial_size = self.inputs.size or expects['input_size'][1:]
+            if not expects['fixed_input_size']:
+                trial_size = (min(128, length) for length in trial_size)
             folded = fold_batch_norms(net, (self.inputs.teacher_chans, *trial_size))
         self.folded = folded is not None
         self._loaded_hash = _hash_weights(net, self.dtype) if self.folded else None
@@ -294,18 +290,11 @@ class Teacher(nn.Module):
             'classes': None if self.classes is None else self.classes.fingerprint(),
         }
 
-    def describe(self, image_size: tuple[int, int] | None = None) -> str:
-        """Say in one line what the teacher is and does.
-
-        Args:
-            image_size: `(height, width)` of the images, to count the FLOPs of a teacher that takes any size.
-        """
-        size = self.inputs.size or image_size or self._default_size
-        flops = _count_flops(self.model, (self.inputs.teacher_chans, *size), self.dtype)
+    def describe(self) -> str:
+        """Say in one line what the teacher is and does."""
         precision = str(self.dtype).removeprefix('torch.') + (' under autocast' if self.dtype_name == 'amp' else '')
         parts = [
             f'{self.source} ({self.model_name}): {self.num_params / 1e6:.2f} M parameters',
-            None if flops is None else f'{flops / 1e9:.2f} GFLOPs at {size[0]}x{size[1]}',
             precision,
             'batch norms folded' if self.folded else None,
             None if self._compile_options is None else f'compiled by {self._compile_options["backend"]}',
@@ -325,22 +314,6 @@ def _hash_weights(model: nn.Module, dtype: torch.dtype) -> str:
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def _count_flops(model: nn.Module, image_shape: tuple[int, int, int], dtype: torch.dtype) -> int | None:
-    """Return the FLOPs of one image `(C, H, W)`, a multiply-add counting as two; None for a model that resists.
-
-    Nothing is computed: on the `meta` device tensors have a shape and no data.
-    """
-    state = {name: tensor.to('meta') for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    try:
-        with FlopCounterMode(display=False) as counter:
-            functional_call(model, state, (torch.empty(1, *image_shape, dtype=dtype, device='meta'),))
-    except Exception as error:  # a model may do anything in its forward; the figure is a courtesy
-        _logger.debug(f'FLOPs not counted: {shortened(error)}.')
-        return None
-    return counter.get_total_flops()
 
 
 class TeacherEnsemble(nn.Module):
@@ -396,51 +369,38 @@ class TeacherEnsemble(nn.Module):
         """Return all that decides the logits of an image, of each member by its number."""
         return {str(i): member.fingerprint() for i, member in enumerate(self._members)}
 
-    def describe(self, image_size: tuple[int, int] | None = None) -> str:
+    def describe(self) -> str:
         """Say what the teachers are and do, in one line each."""
-        return '\n'.join(m.describe(image_size) for m in self._members)
+        return '\n'.join(m.describe() for m in self._members)
 
 
 def create_teacher(
         spec: str | Path | nn.Module | Sequence[str | Path | nn.Module],
         *args: Any,
-        model: str | Sequence[str | None] | None = None,
+        model: str | None = None,
         use_ema: bool = False,
-        class_map: str | Path | Sequence[str | Path | None] | None = None,
         **kwargs: Any,
 ) -> Teacher | TeacherEnsemble:
     """Make the teacher of a spec, or the ensemble of a list of specs.
 
     Args:
-        spec: A spec of `Teacher`, or a list of them.
+        spec: A spec of `Teacher`, or a list of them. Teachers that need different architectures or class maps are made
+            one by one, and go into a `TeacherEnsemble`.
         *args: Further positional arguments of `Teacher`.
-        model: Architecture of the weights files among the specs; a list has one entry for each spec.
+        model: Architecture of the weights files among the specs.
         use_ema: Take the EMA weights of the weights files among the specs.
-        class_map: Class map of every teacher; a list has one entry for each spec.
         **kwargs: Further arguments of `Teacher`.
 
     Raises:
         UsageError: If a teacher cannot be had or cannot teach this student.
     """
     specs = [spec] if isinstance(spec, str | Path | nn.Module) else list(spec)
-    models, maps = _one_each('model', model, specs), _one_each('class_map', class_map, specs)
+    of_a_file = {'model': model, 'use_ema': use_ema}
     if len(specs) == 1:
-        return Teacher(specs[0], *args, model=models[0], use_ema=use_ema, class_map=maps[0], **kwargs)
-    is_file = [not isinstance(s, nn.Module) and locate(str(s))[0] == 'file' for s in specs]
+        return Teacher(specs[0], *args, **of_a_file, **kwargs)
+    is_file = [not isinstance(each, nn.Module) and locate(str(each))[0] == 'file' for each in specs]
     if not any(is_file) and (use_ema or model is not None):
         raise UsageError('`model` and `use_ema` are for weights files, and no teacher is one.')
-    if isinstance(model, str):
-        models = [model if file else None for file in is_file]
     return TeacherEnsemble([
-        Teacher(s, *args, model=m, use_ema=use_ema and file, class_map=c, **kwargs)
-        for s, m, c, file in zip(specs, models, maps, is_file, strict=True)
+        Teacher(each, *args, **(of_a_file if file else {}), **kwargs) for each, file in zip(specs, is_file, strict=True)
     ])
-
-
-def _one_each(name: str, value: Any, specs: list) -> list:
-    """Return a value for each spec: the same for all, or a list of one each."""
-    if not isinstance(value, list | tuple):
-        return [value] * len(specs)
-    if len(value) != len(specs):
-        raise UsageError(f'`{name}` is given {len(value)} times for {len(specs)} teachers: one for all or one each.')
-    return list(value)

@@ -15,8 +15,9 @@ import numpy as np
 from ..cli.messages import in_flags
 from ..cli.parser import number
 from ..errors import ExitCode, UsageError
+from ..files import print_out
 from ..fill import fill, verify
-from ..process import ending, print_out
+from ..process import ending
 from ..run.log import setup_logging
 from .epoch_file import EpochFile
 from .folder import KEY_FILE, VALIDATION_FILES, epoch_files, format_bytes, read_members, read_rows, read_validation
