@@ -701,8 +701,9 @@ def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(tmp_p
 
 
 @pytest.mark.parametrize(('spoil', 'message'), [
-    (lambda run: (run / 'run.json').unlink(), 'run.json: No such file'),
-    (lambda run: (run / 'run.json').write_text('{'), 'is not the output folder of a run'),
+    (lambda run: (run / 'run.json').unlink(), 'is not the output folder of a run: it has no run.json'),
+    (lambda run: (run / 'run.json').write_text('{'), 'run.json is damaged'),
+    (lambda run: (run / 'run.json').write_text('{}'), 'its run.json names no student'),
     (lambda run: [path.unlink() for path in run.glob('*.tar')], 'has no checkpoint'),
     (lambda run: edit_record(run, student={'num_classes': 5}), 'does not hold the student'),
 ])

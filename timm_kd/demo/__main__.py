@@ -7,18 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..losses import KD_LOSSES
+from ..report.curves import draw_curves, save_png
+from ..report.groups import Group, tabulate
+from ..report.runs import read_run
+from ..report.table import markdown_table
 from .digits import write_digits
-from .report import collect, draw_results, result_table
-from .training import (
-    BASELINE,
-    STUDENT_MODEL,
-    TEACHER_MODEL,
-    command,
-    python,
-    student_flags,
-    teacher_flags,
-    train,
-)
+from .training import BASELINE, STUDENT_MODEL, TEACHER_FLAGS, TEACHER_MODEL, command, python, student_flags, train
 
 TRAIN_IMAGES, FEW_IMAGES = 1000, 100  # of 1,797; the rest validates
 LOSSES = ('tfnkd', 'dkd', 'nkd')
@@ -67,9 +61,9 @@ def run(output: Path, losses: Sequence[str], seeds: Sequence[int], further: Sequ
     print(f'1. Images in {data}/: {", ".join(f"{size:,} in {split}/" for split, size in sizes.items())}.\n')
 
     print(f'2. A teacher, {TEACHER_MODEL}, learns from the {TRAIN_IMAGES:,} images of train/ by cross-entropy.')
-    teacher = command(output, 'teacher', (*teacher_flags(), *further))
+    teacher = command(output, 'teacher', (*TEACHER_FLAGS, *further))
     print(f'  $ {shlex.join(teacher)}', flush=True)
-    seconds = train({'teacher': teacher}, runs)
+    train({'teacher': teacher}, runs)
 
     print(f'\n3. Students, {STUDENT_MODEL}, learn from the {FEW_IMAGES} images of few/ by each loss at its defaults.')
     students = {
@@ -80,20 +74,20 @@ def run(output: Path, losses: Sequence[str], seeds: Sequence[int], further: Sequ
     for words in [*students.values()][::len(seeds)]:
         print(f'  $ {shlex.join(words)}')
     print(''.join(f'  and the same with --seed {seed}\n' for seed in seeds[1:]), end='', flush=True)
-    seconds |= train(students, runs)
+    train(students, runs)
 
-    _report(output, seconds)
+    _report(output, losses, seeds)
     print(f'This took {time.perf_counter() - start:.0f} s.')
 
 
-def _report(output: Path, seconds: dict[str, float]) -> None:
-    data, runs = output / 'digits', output / 'train'
-    results = collect(data, runs, seconds)
-    table = result_table(results)
+def _report(output: Path, losses: Sequence[str], seeds: Sequence[int]) -> None:
+    runs = output / 'train'
+    groups = [Group([read_run(runs / f'{loss}-{seed}') for seed in seeds], {}, loss, {}) for loss in losses]
+    table = markdown_table(tabulate(groups, baseline=runs / f'{BASELINE}-{seeds[0]}'))
     (output / 'results.md').write_text(table)
-    draw_results(results, output / 'curves.png')
-    push = ['-m', 'timm_kd.hub', 'push', str(runs / list(seconds)[-1]), 'me/digits', '--dry-run']
-    print(f'\n4. Results on validation/ after the last epoch; mean ± standard deviation over the seeds.\n\n{table}\n'
+    save_png(draw_curves(groups, clock=False), output / 'curves.png')
+    push = ['-m', 'timm_kd.hub', 'push', str(runs / f'{losses[-1]}-{seeds[-1]}'), 'me/digits', '--dry-run']
+    print(f'\n4. Results on validation/: mean ± standard deviation over the seeds.\n\n{table}\n'
           f'Table: {output}/results.md. Curves: {output}/curves.png. Runs: {runs}/NAME/ (summary.csv, log.txt, ...).\n'
           f'What the last student would bring to the Hugging Face Hub:\n  $ {shlex.join([python(), *push])}')
 

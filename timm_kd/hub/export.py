@@ -106,19 +106,14 @@ def read_finished_run(folder: str | Path) -> Run:
     """Read the files that the training script leaves in its output folder, all of which a publication needs.
 
     Raises:
-        UsageError: A file is missing or is not what the script writes.
+        UsageError: A file is missing, damaged, or not what the script writes.
     """
-    try:
-        for name in ('run.json', 'args.yaml', 'summary.csv'):
-            Path(folder, name).open('rb').close()
-        run = read_run(Path(folder))
-        if not run.record['student']['model']:
-            raise ValueError('no student in it')
-    except OSError as error:
-        name = Path(error.filename).name
-        raise UsageError(f'{folder} is not the output folder of a run: {name}: {error.strerror}.') from None
-    except (ValueError, KeyError, TypeError) as error:  # UsageError is a ValueError: a damaged file
-        raise UsageError(f'{folder} is not the output folder of a run: {shortened(error).rstrip(".")}.') from None
+    missing = [name for name in ('run.json', 'args.yaml', 'summary.csv') if not Path(folder, name).is_file()]
+    if missing:
+        raise UsageError(f'{folder} is not the output folder of a run: it has no {missing[0]}.')
+    run = read_run(Path(folder))
+    if not run.record.get('student'):
+        raise UsageError(f'{folder} is not the output folder of a run of this script: its run.json names no student.')
     return run
 
 

@@ -50,23 +50,18 @@ def draw_curves(
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'timm-kd', 'axes.titlesize': 'medium'} | {
         name: _TEXT for name in ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
     }):
-        figure = Figure(figsize=(4.6 * len(shown), 3.4 * (1 + timed) + 0.6), layout='constrained')
-        figure.patch.set_alpha(0)
+        figure = Figure(figsize=(4.6 * len(shown), 3.4 * (1 + timed) + 0.6), layout='constrained', facecolor='none')
         grid = figure.subplots(1 + timed, len(shown), squeeze=False)
         lines = {}
-        for (column, label), over_epochs in zip(shown.items(), grid[0], strict=True):
-            for number, group in enumerate(groups):
-                line = _draw_group(over_epochs, group, column, number)
-                if line is not None and number < len(_STYLES):
-                    lines.setdefault(number, line)
-            over_epochs.set(xlabel='epoch', ylabel=label)
-        for (column, label), over_hours in zip(shown.items(), grid[1] if timed else (), strict=timed):
-            for number, group in enumerate(groups):
-                _draw_group(over_hours, group, column, number, clock=True)
-            over_hours.set(xlabel='hours', ylabel=label)
-        for axes in grid.flat:
-            axes.patch.set_alpha(0)
-            axes.grid(alpha=0.3)
+        for row, over_hours in zip(grid, (False, True), strict=False):
+            for axes, (column, label) in zip(row, shown.items(), strict=True):
+                for number, group in enumerate(groups):
+                    line = _draw_group(axes, group, column, number, over_hours)
+                    if line is not None and number < len(_STYLES):
+                        lines.setdefault(number, line)
+                axes.set(xlabel='hours' if over_hours else 'epoch', ylabel=label)
+                axes.patch.set_alpha(0)
+                axes.grid(alpha=0.3)
         handles = [lines[number] for number in sorted(lines)]
         legend = figure.legend(
             handles, [groups[number].label.replace('$', r'\$') for number in sorted(lines)],
@@ -76,22 +71,22 @@ def draw_curves(
     return figure
 
 
-def _draw_group(axes: 'Axes', group: 'Group', column: str, number: int, clock: bool = False) -> Any:
+def _draw_group(axes: 'Axes', group: 'Group', column: str, number: int, over_hours: bool) -> Any:
     """Draw the mean of the seeds that have come as far as each epoch, within their range."""
     colour, style = _STYLES[number] if number < len(_STYLES) else _REST
     values: dict[int, list[float]] = {}
     hours: dict[int, list[float]] = {}
     for run in group.runs:
-        times = run.hours() if clock else {}
+        times = run.hours() if over_hours else {}
         for row in run.rows:
             epoch = int(row['epoch'])
-            if column in row and (epoch in times or not clock):
+            if column in row and (epoch in times or not over_hours):
                 values.setdefault(epoch, []).append(row[column])
                 hours.setdefault(epoch, []).append(times.get(epoch, 0.0))
     if not values:
         return None
     epochs = sorted(values)
-    places = [fmean(hours[epoch]) for epoch in epochs] if clock else [epoch + 1 for epoch in epochs]
+    places = [fmean(hours[epoch]) if over_hours else epoch + 1 for epoch in epochs]
     line, = axes.plot(
         places,
         [fmean(values[epoch]) for epoch in epochs],
@@ -110,9 +105,7 @@ def _draw_group(axes: 'Axes', group: 'Group', column: str, number: int, clock: b
 
 def save_png(figure: 'Figure', path: Path) -> None:
     """Save a figure as a PNG on white."""
-    figure.patch.set_alpha(1)
     figure.savefig(path, dpi=120, facecolor='white')
-    figure.patch.set_alpha(0)
 
 
 def to_svg(figure: 'Figure') -> str:

@@ -17,13 +17,12 @@ _WITHOUT_EFFECT = frozenset((
     'wandb_tags', 'wandb_resume_id', 'log_tensorboard', 'push_to_hub', 'hub_private', 'hub_license', 'hub_revision',
     'no_teacher_eval', 'teacher_cache', 'teacher_cache_rebuild',
 ))
-_FOLDERS = 'data', 'data_dir'  # a data set is known by the last part of its path
 
 
 def settings_of(run: Run) -> dict[str, Any]:
     """Return the flags of a run that may change its result, seed left out."""
     settings = {name: value for name, value in run.args.items() if name not in _WITHOUT_EFFECT and name != 'seed'}
-    for name in _FOLDERS:
+    for name in ('data', 'data_dir'):  # a data set is known by the last part of its path
         if settings.get(name):
             settings[name] = Path(settings[name]).name
     return settings
@@ -33,10 +32,6 @@ def _without_distillation(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a training without distillation has too; stored logits alone imply replayable data."""
     of_distillation = 'kd_', 'teacher', 'task_loss_weight', 'distill_loss_weight', 'replayable_data'
     return {name: value for name, value in settings.items() if not name.startswith(of_distillation)}
-
-
-def _distils(settings: dict[str, Any]) -> bool:
-    return any(settings.get(name) for name in ('kd_loss', 'teacher', 'kd_model_name'))
 
 
 @dataclass(frozen=True)
@@ -103,25 +98,22 @@ class Group:
 
 def group_runs(runs: list[Run]) -> list[Group]:
     """Put the runs that differ in their seed alone together, and find what tells the groups apart."""
-    by_settings: dict[str, list[Run]] = {}
+    by_settings: dict[str, tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:
+        settings = settings_of(run)
         # A run that died before it wrote its flags is alike to no other.
-        key = repr(sorted(settings_of(run).items())) if run.args else str(run.folder)
-        by_settings.setdefault(key, []).append(run)
-    settings = [settings_of(members[0]) for members in by_settings.values()]
-    known = [each for each in settings if each]
-    names = dict.fromkeys(name for each in known for name in each)
-    differing = [name for name in names if len({repr(each.get(name)) for each in known}) > 1]
+        key = repr(sorted(settings.items())) if settings else str(run.folder)
+        by_settings.setdefault(key, (settings, []))[1].append(run)
+    known = [settings for settings, _ in by_settings.values() if settings]
+    names = dict.fromkeys(name for settings in known for name in settings)
+    differing = [name for name in names if len({repr(settings.get(name)) for settings in known}) > 1]
     groups = []
-    for members, own in zip(by_settings.values(), settings, strict=True):
+    for settings, members in by_settings.values():
         members.sort(key=lambda run: (run.args.get('seed') or 0, str(run.folder)))
-        different = {name: _text(own.get(name)) or '-' for name in differing}
+        different = {name: _text(settings.get(name)) or '-' for name in differing}
         label = ' '.join(f'{name}={value}' for name, value in different.items() if value != '-')
-        if not own:
-            label = members[0].folder.name
-        elif not label:
-            label = str(own.get('model') or members[0].folder.name)
-        groups.append(Group(members, own, label, different))
+        label = label or str(settings.get('model') or members[0].folder.name)
+        groups.append(Group(members, settings, label, different))
     return groups
 
 
@@ -181,31 +173,29 @@ def tabulate(groups: list[Group], metric: str = 'eval_top1', baseline: Path | No
                       if any(run.folder.resolve() == baseline.resolve() for run in group.runs)), None)
         if fixed is None:
             raise UsageError(f'--baseline {baseline}: none of the runs.')
-    rows = [_row(group, groups, metric, fixed) for group in groups]
+    name = metric.removeprefix('eval_')
+    rows = []
+    for group in groups:
+        own = group.spread(last(metric))
+        reference = fixed or _baseline_of(group, groups)
+        other = reference.spread(last(metric)) if reference is not None and reference is not group else None
+        rows.append(Row(group, {
+            f'best {name}': group.spread(best(metric)),
+            f'last {name}': own,
+            'to baseline': own.minus(other) if own and other else None,
+            'teacher top1': group.spread(lambda run: run.teacher_top1),
+            'agreement': group.spread(last('eval_agreement')),
+            'images/s': group.spread(lambda run: run.images_per_second),
+        }))
     sign = 1 if is_loss(metric) else -1
-    own = _last(metric)
-    return sorted(rows, key=lambda row: sign * row.figures[own].mean if row.figures[own] else math.inf)
-
-
-def _last(metric: str) -> str:
-    return f'last {metric.removeprefix("eval_")}'
-
-
-def _row(group: Group, groups: list[Group], metric: str, fixed: Group | None) -> Row:
-    own = group.spread(last(metric))
-    reference = fixed or _baseline_of(group, groups)
-    other = reference.spread(last(metric)) if reference is not None and reference is not group else None
-    return Row(group, {
-        f'best {metric.removeprefix("eval_")}': group.spread(best(metric)),
-        _last(metric): own,
-        'to baseline': own.minus(other) if own and other else None,
-        'teacher top1': group.spread(lambda run: run.teacher_top1),
-        'agreement': group.spread(last('eval_agreement')),
-        'images/s': group.spread(lambda run: run.images_per_second),
-    })
+    return sorted(rows, key=lambda row: sign * own.mean if (own := row.figures[f'last {name}']) else math.inf)
 
 
 def _baseline_of(group: Group, groups: list[Group]) -> Group | None:
+    """Return the group that trains without distillation and has all other settings of a group, if there is one."""
     wanted = _without_distillation(group.settings)
-    plain = (other for other in groups if other.settings and not _distils(other.settings))
-    return next((other for other in plain if _without_distillation(other.settings) == wanted), None)
+    for other in groups:
+        distils = any(other.settings.get(name) for name in ('kd_loss', 'teacher', 'kd_model_name'))
+        if other.settings and not distils and _without_distillation(other.settings) == wanted:
+            return other
+    return None

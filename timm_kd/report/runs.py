@@ -3,6 +3,7 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -57,7 +58,7 @@ class Run:
     def teacher_top1(self) -> float | None:
         """Top-1 of the teacher on the validation set in percent, the mean of several; None where it is not known."""
         known = [teacher['top1'] for teacher in self.record.get('teacher') or () if teacher.get('top1') is not None]
-        return sum(known) / len(known) if known else None
+        return fmean(known) if known else None
 
     @property
     def images_per_second(self) -> float | None:
@@ -90,7 +91,7 @@ def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
     """
     runs, problems = {}, []
     for path in paths:
-        folders = [path] if _is_run(path) else sorted(child for child in _children(path) if _is_run(child))
+        folders = [path] if _is_run(path) else sorted(filter(_is_run, path.glob('*')))
         if not folders:
             problems.append(f'{path}: {"no run in it" if path.is_dir() else "no such folder"}.')
         for folder in folders:
@@ -117,10 +118,6 @@ def read_run(folder: Path) -> Run:
 
 def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in _MARKS)
-
-
-def _children(path: Path) -> list[Path]:
-    return [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
 
 
 def _read(path: Path, parse: Any, kind: type) -> Any:

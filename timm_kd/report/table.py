@@ -2,52 +2,42 @@
 import csv
 import io
 import os
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader
 
-from .groups import Row, Spread
+from .groups import Row
+from .runs import Run
 
 
 def markdown_table(rows: list[Row]) -> str:
     """Return the table in Markdown, aligned so that a terminal shows it as well."""
-    head = _columns(rows)
-    right = {name for name in head if name in rows[0].figures or name == 'seeds'}
-    return aligned(head, [_texts(row, head) for row in rows], right)
-
-
-def aligned(head: list[str], rows: list[list[str]], right: Container[str] = ()) -> str:
-    """Return a Markdown table whose columns are as wide as their widest cell.
-
-    Args:
-        head: The names of the columns.
-        rows: The cells of each row.
-        right: Columns whose cells stand to the right.
-    """
-    cells = [head, *([text.replace('|', r'\|') for text in row] for row in rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ['-' * (width - 1) + (':' if name in right else '-') for name, width in zip(head, widths, strict=True)]
-
-    def line(texts: list[str]) -> str:
-        padded = (text.rjust(width) if name in right else text.ljust(width)
-                  for name, text, width in zip(head, texts, widths, strict=True))
-        return f'| {" | ".join(padded)} |\n'
-
-    return ''.join(map(line, [head, rule, *cells[1:]]))
+    head, cells = _table(rows)
+    right = _numeric(cells)
+    texts = [head, *([str(cell).replace('|', r'\|') for cell in line] for line in cells)]
+    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
+    padded = [
+        [text.rjust(width) if numeric else text.ljust(width)
+         for text, width, numeric in zip(line, widths, right, strict=True)]
+        for line in texts
+    ]
+    padded.insert(1, ['-' * (width - 1) + (':' if numeric else '-')
+                      for width, numeric in zip(widths, right, strict=True)])
+    return ''.join(f'| {" | ".join(line)} |\n' for line in padded)
 
 
 def csv_table(rows: list[Row]) -> str:
     """Return the table as CSV, mean and deviation of each figure in columns of their own."""
     text = io.StringIO()
     writer = csv.writer(text)
-    parts = (part for name in rows[0].figures for part in (name, f'{name} ±'))
-    writer.writerow([*_settings(rows[0]), 'seeds', 'epochs', *parts])
-    for row in rows:
-        numbers = [part for spread in row.figures.values() for part in _numbers(spread)]
-        writer.writerow([*_differences(row), len(row.group.runs), row.group.state, *numbers])
+    head, cells = _table(rows, every_figure=True)
+    first = len(head) - len(rows[0].figures)  # the figures are the last columns
+    writer.writerow([*head[:first], *(part for name in head[first:] for part in (name, f'{name} ±'))])
+    for line in cells:
+        parts = (part for cell in line[first:] for part in ((cell.mean, cell.deviation) if cell else ('', '')))
+        writer.writerow([*line[:first], *parts])
     return text.getvalue()
 
 
@@ -62,7 +52,7 @@ def html_page(rows: list[Row], path: Path, title: str, note: str, problems: list
         problems: Sentences on folders that could not be read.
         svg: The curves, or None for none.
     """
-    head = _columns(rows)
+    head, cells = _table(rows)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
     )
@@ -71,50 +61,40 @@ def html_page(rows: list[Row], path: Path, title: str, note: str, problems: list
         note=note,
         problems=problems,
         svg=svg,
-        columns=[{'name': name, 'numeric': name in rows[0].figures or name == 'seeds'} for name in head],
-        rows=[
-            [{'text': text, 'value': _sorted_by(row, name, text)}
-             for name, text in zip(head, _texts(row, head), strict=True)]
-            for row in rows
-        ],
+        columns=[{'name': name, 'numeric': numeric} for name, numeric in zip(head, _numeric(cells), strict=True)],
+        # The page sorts by the value of a cell: by the mean of a figure.
+        rows=[[{'text': cell, 'value': getattr(cell, 'mean', cell)} for cell in line] for line in cells],
         groups=[{'label': row.group.label, 'runs': [_run_entry(run, path) for run in row.group.runs]} for row in rows],
     )
 
 
-def _columns(rows: list[Row]) -> list[str]:
-    """Return the names of the columns; a figure that no group has is left out."""
-    known = [name for name in rows[0].figures if any(row.figures[name] for row in rows)]
-    return [*_settings(rows[0]), 'seeds', 'epochs', *known]
+def _table(rows: list[Row], every_figure: bool = False) -> tuple[list[str], list[list[Any]]]:
+    """Return the names of the columns and the cells of each row.
+
+    A cell is text, a count, or the `Spread` of a figure, '' where it is not known.
+
+    Args:
+        rows: The rows.
+        every_figure: Keep the columns of figures that no group has.
+    """
+    flags = list(rows[0].group.different) or ['run']
+    figures = [name for name in rows[0].figures if every_figure or any(row.figures[name] for row in rows)]
+    cells = []
+    for row in rows:
+        group = row.group
+        # A group that no flag tells from the others, or that has none (it died early), goes by its label.
+        told = [*group.different.values()] if group.settings and group.different else [group.label]
+        told += [''] * (len(flags) - len(told))
+        cells.append([*told, len(group.runs), group.state, *(row.figures[name] or '' for name in figures)])
+    return [*flags, 'seeds', 'epochs', *figures], cells
 
 
-def _settings(row: Row) -> list[str]:
-    return list(row.group.different) or ['run']
+def _numeric(cells: list[list[Any]]) -> list[bool]:
+    """Return which columns hold numbers, and stand to the right."""
+    return [any(not isinstance(cell, str) for cell in column) for column in zip(*cells, strict=True)]
 
 
-def _differences(row: Row) -> list[str]:
-    """Return what tells the group from the others; a run without flags has its folder's name alone."""
-    if not row.group.settings or not row.group.different:
-        return [row.group.label, *[''] * (len(_settings(row)) - 1)]
-    return list(row.group.different.values())
-
-
-def _texts(row: Row, head: list[str]) -> list[str]:
-    figures = [str(row.figures[name] or '') for name in head if name in row.figures]
-    return [*_differences(row), str(len(row.group.runs)), row.group.state, *figures]
-
-
-def _sorted_by(row: Row, name: str, text: str) -> Any:
-    """Return what the page sorts a cell by: the mean behind a figure, or the text."""
-    if name not in row.figures:
-        return text
-    return row.figures[name].mean if row.figures[name] else ''
-
-
-def _numbers(spread: Spread | None) -> tuple[Any, Any]:
-    return ('', '') if spread is None else (spread.mean, '' if spread.deviation is None else spread.deviation)
-
-
-def _run_entry(run: Any, path: Path) -> dict[str, Any]:
+def _run_entry(run: Run, path: Path) -> dict[str, Any]:
     try:
         link = quote(os.path.relpath(run.folder.resolve(), path.resolve().parent))
     except ValueError:  # another drive on Windows
