@@ -10,6 +10,8 @@ from PIL import Image
 from timm.models import save_for_hf
 from torch.nn.functional import cross_entropy, interpolate
 
+from timm_kd.cli import parse_args
+
 TRAIN_IMAGES, VALIDATION_IMAGES = 16, 10  # of each class
 
 
@@ -65,6 +67,19 @@ def auto_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     for probe in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
         monkeypatch.setattr(torch.cpu, probe, lambda: request.param == 'bfloat16')
     return getattr(torch, request.param)
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """The one line that a refused command line leaves on stderr."""
+    def run(argv: list[str], command: Callable[[list[str]], object] = parse_args) -> str:
+        with pytest.raises(SystemExit) as stop:
+            command(argv)
+        output, error = capsys.readouterr()
+        assert stop.value.code == 2
+        assert output == '' and error.startswith('train-kd: error: ') and error.count('\n') == 1
+        return error
+    return run
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from helpers import RunsCode
 from timm_kd.train import main
 
 BASE = '--model test_resnet --num-classes 10 --img-size 32 --device cpu --epochs 1 --batch-size 32 --workers 0'
-FILE = '--teacher-model test_resnet --teacher {bad}/'
 
 REFUSED = {
     # the student
@@ -51,40 +50,23 @@ REFUSED = {
         'train-kd DATA --model resnet34.tv_in1k --pretrained --num-classes 10',
     ),
     'unknown teacher': ('--teacher resnet3', '--teacher resnet3', 'did you mean resnet34'),
-    'unknown tag': ('--teacher resnet34.tv_in1', '--teacher resnet34.tv_in1', 'resnet34.tv_in1k'),
     'file without its architecture': ('--teacher {bad}/vit.pth', '--teacher {bad}/vit.pth needs --teacher-model'),
-    'missing file': (f'{FILE}none.pth', '--teacher {bad}/none.pth is no file'),
-    'missing file without architecture': ('--teacher {bad}/none.pth', '--teacher {bad}/none.pth: no such file'),
-    'missing folder': ('--teacher local-dir:{bad}/none', '--teacher local-dir:{bad}/none: no such folder'),
-    'truncated file': (f'{FILE}truncated.pth', '--teacher {bad}/truncated.pth cannot be read, it is truncated'),
-    'truncated safetensors': (
-        f'{FILE}truncated.safetensors', '--teacher {bad}/truncated.safetensors cannot be read, it is truncated',
+    'file of a whole model': (
+        '--teacher-model test_resnet --teacher {bad}/whole.pth', '--teacher {bad}/whole.pth', 'ResNet', 'state_dict()',
     ),
-    'text file': (f'{FILE}text.pth', '--teacher {bad}/text.pth is not a checkpoint'),
-    'empty file': (f'{FILE}empty.pth', '--teacher {bad}/empty.pth cannot be read'),
-    'file of a list': (f'{FILE}list.pth', '--teacher {bad}/list.pth holds a list'),
-    'file of another architecture': (
-        f'{FILE}vit.pth', '--teacher {bad}/vit.pth does not fit --teacher-model test_resnet',
-    ),
-    'file of a whole model': (f'{FILE}whole.pth', '--teacher {bad}/whole.pth', 'ResNet', 'state_dict()'),
     # data
     'more classes than the model': ('--num-classes 7', '{digits}: 10 classes', '--num-classes 7'),
     'split that is not there': ('--val-split val2', '--val-split val2', 'train, validation'),
     'batch that is never full': ('--batch-size 500', '--batch-size 500', '160 training images'),
     'images of other channels': ('--in-chans 5', 'images of mode L have 1 channels', '--in-chans'),
     'repeats in one process': ('--aug-repeats 3', '--aug-repeats 3', 'torchrun'),
-    'missing class map': ('--class-map none.txt', '--class-map none.txt: no such file'),
     'validation images that test-time augmentation leaves over': (
         '--tta 16 --validation-batch-size 32', '--tta 16', '100 images', '--val-split validation',
     ),
     # weights to start from
-    'resume from nothing': ('--resume {bad}/none.pth', '--resume {bad}/none.pth: no such file'),
     'resume truncated': ('--resume {bad}/truncated.pth', '--resume {bad}/truncated.pth cannot be read'),
     'resume text': ('--resume {bad}/text.pth', '--resume {bad}/text.pth is not a checkpoint'),
     'resume another model': ('--resume {bad}/vit.pth', '--resume {bad}/vit.pth: does not fit --model'),
-    'start from nothing': (
-        '--initial-checkpoint {bad}/none.pth', '--initial-checkpoint {bad}/none.pth: no such file',
-    ),
     'start from truncated': (
         '--initial-checkpoint {bad}/truncated.pth', '--initial-checkpoint {bad}/truncated.pth cannot be read',
     ),
@@ -119,34 +101,27 @@ REFUSED = {
 
 
 @pytest.fixture(scope='session')
-def bad(tmp_path_factory: pytest.TempPathFactory, digits_teacher: Path) -> Path:
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of files that are no weights for a `test_resnet` of 10 classes."""
     folder = tmp_path_factory.mktemp('bad')
     good = timm.create_model('test_resnet', num_classes=10)
     torch.save(good, folder / 'whole.pth')
     torch.save(good.state_dict(), folder / 'truncated.pth')
-    for path in (folder / 'truncated.pth', shutil.copy(digits_teacher / 'model.safetensors', folder)):
-        Path(folder, f'truncated{Path(path).suffix}').write_bytes(Path(path).read_bytes()[:100_000])
+    (folder / 'truncated.pth').write_bytes((folder / 'truncated.pth').read_bytes()[:100_000])
     torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), folder / 'vit.pth')
     torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), folder / 'other_classes.pth')
     torch.save([1, 2], folder / 'list.pth')
     (folder / 'text.pth').write_text('hello')
-    (folder / 'empty.pth').touch()
     return folder
 
 
 @pytest.fixture
-def refuse(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def refuse(digits: Path, tmp_path: Path, refusal: Callable[..., str]) -> Callable[..., str]:
     """Runs the script in vain, and returns the one line that it says."""
     def run(flags: str, data: Path = digits) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main([str(data), *shlex.split(f'{BASE} --output {tmp_path / "output"} {flags}')])
-        output = capsys.readouterr()
-        assert stop.value.code == 2
+        error = refusal([str(data), *shlex.split(f'{BASE} --output {tmp_path / "output"} {flags}')], main)
         assert not (tmp_path / 'output').exists(), 'something was left behind'
-        assert output.out == ''
-        assert output.err.startswith('train-kd: error: ') and output.err.count('\n') == 1
-        return output.err
+        return error
     return run
 
 
@@ -173,7 +148,8 @@ def test_pickle_that_would_run_code_runs_nothing(flags, zipped, refuse, tmp_path
     torch.save({'state_dict': weights, 'extra': RunsCode(marker)}, path, _use_new_zipfile_serialization=zipped)
     message = refuse(f'{flags} {path}')
     assert not marker.exists()
-    assert f'{flags.split()[-1]} {path}' in message and 'it was refused' in message
+    assert f'{flags.split()[-1]} {path}' in message
+    assert 'posix.system, so loading it could run code; it was refused' in message
 
 
 @pytest.mark.parametrize('name', ['weights.safetensors', 'weights.pth'])
@@ -192,7 +168,7 @@ def test_pickle_in_a_teachers_folder_runs_nothing(refuse, tmp_path, digits_teach
     torch.save({'fc.bias': RunsCode(marker)}, folder / 'pytorch_model.bin')
     message = refuse(f'--teacher {folder}')
     assert not marker.exists()
-    assert f'--teacher {folder}' in message
+    assert f'--teacher {folder}' in message and 'could run code' in message and 'best as .safetensors' in message
 
 
 def test_pickles_of_these_tests_do_run_code_where_nothing_holds_them_back(tmp_path):
@@ -216,13 +192,6 @@ def test_data_folder_without_class_folders_is_named(refuse, tmp_path, digits):
         shutil.copytree(digits / split / '0', flat / split)
     message = refuse('', flat)
     assert f'data folder {flat}' in message and 'no class folders' in message
-
-
-def test_config_value_of_a_wrong_type_names_file_key_and_value(refuse, tmp_path):
-    config = tmp_path / 'recipe.yaml'
-    config.write_text('kd_loss: tfnkd\nbatch_size: many\n')
-    message = refuse(f'--config {config}')
-    assert str(config) in message and 'batch_size' in message and 'many' in message
 
 
 def test_machine_without_a_gpu_trains_on_its_cpu_with_a_warning(digits, tmp_path, caplog):

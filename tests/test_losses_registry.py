@@ -17,14 +17,8 @@ def registered(monkeypatch):
 
 
 @pytest.fixture
-def refuse(tmp_path, capsys):
-    """Parse flags that are refused, and return the line that says why."""
-    def run(*argv):
-        with pytest.raises(SystemExit) as stop:
-            parse_args([str(tmp_path), '--teacher', 'resnet34', *argv])
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-    return run
+def refuse(tmp_path, refusal):
+    return lambda *argv: refusal([str(tmp_path), '--teacher', 'resnet34', *argv])
 
 
 def test_the_formula_alone_trains_and_gives_the_gradient_of_its_definition():
@@ -63,7 +57,7 @@ def test_its_flags_are_in_the_help_with_its_defaults():
 
 def test_the_range_of_its_knob_stands_at_the_flag(refuse):
     error = refuse('--kd-loss', 'logits', '--kd-scale', '0')
-    assert error.startswith('train-kd: error: --kd-scale 0') and 'above 0' in error and error.count('\n') == 1
+    assert error.startswith('train-kd: error: --kd-scale 0') and 'above 0' in error
 
 
 def test_a_range_narrower_than_that_of_other_losses_holds_for_it_alone(refuse, tmp_path):

@@ -6,7 +6,6 @@ import pytest
 from timm_kd.train import main
 
 REFUSED = [
-    # the flags of timm
     # unknown and misspelt
     ('--kd-lose nkd', '--kd-lose', '--kd-loss'),
     ('--opt adamv', '--opt adamv', 'adam'),
@@ -56,10 +55,11 @@ REFUSED = [
     ('--sched step --decay-epochs 0', '--sched step', '--decay-epochs 0'),
     ('--opt adamw --opt-betas 0.9', '--opt-betas 0.9', '--opt adamw'),
     # not there
-    ('--resume gone.pth.tar', '--resume gone.pth.tar'),
-    ('--initial-checkpoint gone.pth', '--initial-checkpoint gone.pth'),
+    ('--resume gone.pth.tar', '--resume gone.pth.tar: no such file'),
+    ('--initial-checkpoint gone.pth', '--initial-checkpoint gone.pth: no such file'),
+    ('--teacher-model test_resnet --teacher gone.pth', '--teacher gone.pth is no file'),
     ('--pretrained-path gone.pth', '--pretrained-path gone.pth'),
-    ('--class-map gone.txt', '--class-map gone.txt'),
+    ('--class-map gone.txt', '--class-map gone.txt: no such file'),
     ('--class-map /', '--class-map /', 'folder'),
     ('--pretrained-path {file}', '--pretrained-path', '{file}', '--pretrained,'),
     ('--config gone.yaml', '--config gone.yaml', 'no such file'),
@@ -194,13 +194,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize('case', REFUSED, ids=[case[0] for case in REFUSED])
-def test_refused_in_one_line_that_names_flag_and_value(case, tmp_path, capsys):
+def test_refused_in_one_line_that_names_flag_and_value(case, tmp_path, refusal):
     flags, *names = (text.replace('{file}', __file__) for text in case)
     (tmp_path / 'data').mkdir()
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / 'data'), '--output', str(tmp_path / 'output'), *shlex.split(flags)])
-    output, error = capsys.readouterr()
-    assert stop.value.code == 2
-    assert output == '' and error.startswith('train-kd: error: ') and error.count('\n') == 1
+    error = refusal([str(tmp_path / 'data'), '--output', str(tmp_path / 'output'), *shlex.split(flags)], main)
     assert [name for name in names if name not in error] == []
     assert not (tmp_path / 'output').exists()

@@ -202,21 +202,24 @@ def test_truncated_file_is_refused(tmp_path, name, keep):
     path = tmp_path / name
     (safetensors.torch.save_file if name.endswith('s') else torch.save)(build().state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UsageError, match=f"teacher '{path}' "):
+    with pytest.raises(UsageError, match=f"teacher '{path}' cannot be read, it is truncated or not a checkpoint"):
         Teacher(str(path), 5, model='test_resnet')
 
 
 @pytest.mark.parametrize('content', [b'weights? no.', b'\x80\x02}q\x00.', b'PK\x03\x04 but no archive'])
 def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / 'weights.pth').write_bytes(content)
-    with pytest.raises(UsageError, match=r"teacher .*weights\.pth"):
+    with pytest.raises(UsageError, match=r"teacher .*weights\.pth' (is not a checkpoint|cannot be read)"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
 
 
-@pytest.mark.parametrize('content', [{}, {'state_dict': {}}, {'epoch': 3}, [1, 2], torch.zeros(2)])
-def test_file_without_a_state_dict_is_refused(tmp_path, content):
+@pytest.mark.parametrize(('content', 'holds'), [
+    ({}, 'no state dict'), ({'state_dict': {}}, 'no state dict'), ({'epoch': 3}, 'no state dict'), ([1, 2], 'a list'),
+    (torch.zeros(2), 'a Tensor'),
+])
+def test_file_without_a_state_dict_is_refused(tmp_path, content, holds):
     torch.save(content, tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=r"weights\.pth' holds"):
+    with pytest.raises(UsageError, match=rf"weights\.pth' holds {holds}"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
 
 
@@ -230,23 +233,6 @@ def test_advice_to_switch_off_weights_only_is_not_quoted(folder, in_folder):
     with pytest.raises(UsageError, match=r'could run code.*best as \.safetensors') as refused:
         Teacher(spec, 5, model=model)
     assert 'weights_only' not in str(refused.value)
-
-
-@pytest.mark.parametrize('legacy', [False, True])
-def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy):
-    state = {**build().state_dict(), 'extra': helpers.RunsCode(tmp_path / 'ran')}
-    torch.save(state, tmp_path / 'weights.pth', _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UsageError, match=r"weights\.pth' .*posix\.system.*could run code; it was refused"):
-        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
-    assert not (tmp_path / 'ran').exists()
-
-
-def test_folder_with_a_pickle_that_would_run_code_runs_nothing(folder):
-    (folder / 'model.safetensors').unlink()
-    torch.save({'extra': helpers.RunsCode(folder / 'ran')}, folder / 'pytorch_model.bin')
-    with pytest.raises(UsageError, match=r"teacher '.*could run code.*safetensors"):
-        Teacher(str(folder), 5)
-    assert not (folder / 'ran').exists()
 
 
 @pytest.mark.parametrize('flags', [{'model': 'test_resnet'}, {'use_ema': True}])
