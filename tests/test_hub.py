@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -584,17 +585,33 @@ def test_another_checkpoint_brings_its_own_figures(tmp_path):
     assert '| 64.50 |' in card.text and 'after epoch 1' in card.text
 
 
-def edit_record(run_dir: Path, **changes: object) -> Path:
+def edit_record(run_dir: Path, **changes: object) -> None:
     path = run_dir / 'run.json'
     record = json.loads(path.read_text())
     record['student'] |= changes.pop('student', {})
     path.write_text(json.dumps(record | changes))
-    return run_dir
 
 
-def test_a_student_that_started_from_hub_weights_names_them_as_its_base(tmp_path):
-    run_dir = edit_record(make_run(tmp_path / 'run'), student={'pretrained_source': 'resnet18.tv_in1k'})
-    card = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md')
+@pytest.fixture
+def card_of(run_dir, tmp_path):
+    """Write the card of the run after changes in its run.json."""
+    def write(revision: str | None = None, **changes: object) -> ModelCard:
+        copy = shutil.copytree(run_dir, tmp_path / 'run', ignore=shutil.ignore_patterns('hub'))
+        edit_record(copy, **changes)
+        return ModelCard.load(Path(push_run(copy, 'me/x', revision=revision, dry_run=True)) / 'README.md')
+    return write
+
+
+def loss_record(name: str, parameters: dict[str, float | bool], warmup_epochs: int = 0) -> dict:
+    """The entry of a loss in run.json."""
+    return {
+        'name': name, 'parameters': parameters, 'task_loss_weight': 1.0, 'distill_loss_weight': 2.0,
+        'warmup_epochs': warmup_epochs,
+    }
+
+
+def test_a_student_that_started_from_hub_weights_names_them_as_its_base(card_of):
+    card = card_of(student={'pretrained_source': 'resnet18.tv_in1k'})
     assert card.data.base_model == 'timm/resnet18.tv_in1k'
     assert card.data.to_dict()['base_model_relation'] == 'finetune'
 
@@ -603,17 +620,14 @@ def test_a_student_that_started_from_hub_weights_names_them_as_its_base(tmp_path
     ('resnet34.tv_in1k', 'timm/resnet34.tv_in1k'),
     ('hf-hub:you/r34@v2', 'you/r34'),
 ])
-def test_a_teacher_of_the_hub_is_linked(tmp_path, source, hub_id):
-    teacher = {'source': source, 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}
-    run_dir = edit_record(make_run(tmp_path / 'run'), teacher=[teacher])
-    card = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md')
+def test_a_teacher_of_the_hub_is_linked(card_of, source, hub_id):
+    card = card_of(teacher=[{'source': source, 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}])
     assert f'(https://huggingface.co/{hub_id})' in card.text
     assert f'teacher:{hub_id}' in card.data.tags
 
 
-def test_a_plain_training_run_has_a_card_without_distillation(tmp_path):
-    run_dir = edit_record(make_run(tmp_path / 'run'), teacher=None, loss=None)
-    card = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md')
+def test_a_plain_training_run_has_a_card_without_distillation(card_of):
+    card = card_of(teacher=None, loss=None)
     assert 'distillation' not in str(card) and 'Teacher' not in card.text
 
 
@@ -625,26 +639,17 @@ def test_a_plain_training_run_has_a_card_without_distillation(tmp_path):
     ('tfkd', False, 'Teacher-free KD by regularization (Tf-KD reg)', 'arXiv:1909.11723'),
     ('tfkd', True, 'Teacher-free KD by self-training (Tf-KD self)', 'arXiv:1909.11723'),
 ])
-def test_the_card_states_the_loss_as_its_class_does(tmp_path, name, teacher, title, citation):
-    loss = {
-        'name': name, 'parameters': KD_LOSSES[name].hyper_parameters(), 'task_loss_weight': 1.0,
-        'distill_loss_weight': 1.0, 'warmup_epochs': 7,
-    }
-    run_dir = edit_record(make_run(tmp_path / 'run'), loss=loss, **({} if teacher else {'teacher': None}))
-    text = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md').text
+def test_the_card_states_the_loss_as_its_class_does(card_of, name, teacher, title, citation):
+    loss = loss_record(name, KD_LOSSES[name].hyper_parameters(), warmup_epochs=7)
+    text = card_of(loss=loss, **({} if teacher else {'teacher': None})).text
     assert f'{title}: the training loss' in text and citation in text
     assert f'$${KD_LOSSES[name].stated(teacher).formula}$$' in text
     assert '| epochs over which the weight of D rises | 7 |' in text
     assert 'sun2024logit' not in text and 'leftarrow' not in text
 
 
-def test_the_card_of_a_loss_that_is_not_registered_states_its_name_and_parameters(tmp_path):
-    loss = {
-        'name': 'mine', 'parameters': {'margin': 0.5}, 'task_loss_weight': 1.0, 'distill_loss_weight': 2.0,
-        'warmup_epochs': 0,
-    }
-    run_dir = edit_record(make_run(tmp_path / 'run'), loss=loss)
-    text = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md').text
+def test_the_card_of_a_loss_that_is_not_registered_states_its_name_and_parameters(card_of):
+    text = card_of(loss=loss_record('mine', {'margin': 0.5})).text
     assert 'the distillation loss `mine`.' in text and '$$' not in text
     assert '| margin | 0.5 |\n| weight of the task loss | 1.0 |\n| weight of D | 2.0 |' in text
 
@@ -653,12 +658,10 @@ def test_the_card_of_a_loss_that_is_not_registered_states_its_name_and_parameter
     'a|b', 'a`b', '<img src=x onerror=alert(1)>', '[x](javascript:0)', '{{ 7 * 7 }}', '{% for %}', 'a\n# b', '$$x$$',
     '*a*',
 ])
-def test_what_a_user_names_stays_text_in_the_card(tmp_path, name):
+def test_what_a_user_names_stays_text_in_the_card(card_of, name):
     teacher = {'source': f'/home/jane/{name}', 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}
-    student = {'class_names': ['a', 'b', 'c']}
     command = shlex.join(['train-kd', 'x', '--experiment', f'```{name}'])
-    run_dir = edit_record(make_run(tmp_path / 'run'), teacher=[teacher], student=student, command=command)
-    card = ModelCard.load(Path(push_run(run_dir, 'me/x', revision="it's", dry_run=True)) / 'README.md')
+    card = card_of("it's", teacher=[teacher], command=command)
     assert f'teacher:{name}' in card.data.tags
     teacher_row, = (line for line in card.text.splitlines() if line.startswith('| Teacher'))
     assert teacher_row.count('|') == 6 and teacher_row.endswith('| 1 | 90.00 | 99.00 |')
@@ -670,13 +673,8 @@ def test_what_a_user_names_stays_text_in_the_card(tmp_path, name):
     assert ast.parse(snippet) and "hf-hub:me/x@it's" in snippet
 
 
-def test_the_card_says_that_logits_were_standardized_and_cites_the_paper(tmp_path):
-    loss = {
-        'name': 'kd', 'parameters': {'temperature': 2.0, 'logit_std': True}, 'task_loss_weight': 1.0,
-        'distill_loss_weight': 1.0, 'warmup_epochs': 0,
-    }
-    run_dir = edit_record(make_run(tmp_path / 'run'), loss=loss)
-    text = ModelCard.load(Path(push_run(run_dir, 'me/x', dry_run=True)) / 'README.md').text
+def test_the_card_says_that_logits_were_standardized_and_cites_the_paper(card_of):
+    text = card_of(loss=loss_record('kd', {'temperature': 2.0, 'logit_std': True})).text
     assert 'are standardized first' in text and r'z \leftarrow' in text and 'arXiv:2403.01427' in text
     assert 'logit_std' not in text and 'weight of D rises' not in text
 
@@ -692,11 +690,9 @@ def test_every_file_of_the_package_beside_its_code_is_declared_as_package_data()
     assert shipped == {path for path in files if path.suffix not in ('.py', '.pyc')}
 
 
-def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(tmp_path, monkeypatch, caplog):
-    run_dir = make_run(tmp_path / 'run')
+def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(card_of, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    folder = Path(push_run(run_dir, 'me/x', dry_run=True))
-    assert not (folder / 'curves.png').exists() and '![' not in (folder / 'README.md').read_text()
+    assert '![' not in card_of().text and not (tmp_path / 'run' / 'hub' / 'curves.png').exists()
     assert 'matplotlib is not installed' in caplog.text
 
 
@@ -707,11 +703,11 @@ def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(tmp_p
     (lambda run: [path.unlink() for path in run.glob('*.tar')], 'has no checkpoint'),
     (lambda run: edit_record(run, student={'num_classes': 5}), 'does not hold the student'),
 ])
-def test_a_folder_that_is_no_run_is_a_usage_error(tmp_path, spoil, message):
-    run_dir = make_run(tmp_path / 'run')
-    spoil(run_dir)
+def test_a_folder_that_is_no_run_is_a_usage_error(run_dir, tmp_path, spoil, message):
+    copy = shutil.copytree(run_dir, tmp_path / 'run', ignore=shutil.ignore_patterns('hub'))
+    spoil(copy)
     with pytest.raises(UsageError, match=message):
-        push_run(run_dir, 'me/x', dry_run=True)
+        push_run(copy, 'me/x', dry_run=True)
 
 
 @pytest.mark.soak

@@ -97,7 +97,8 @@ class FolderLock:
     def is_held(folder: str | Path) -> bool:
         """Tell whether another process has the lock of a folder.
 
-        Not for the process that has it: closing any of its files on the lock, as is done here, gives the lock up.
+        The process that has the lock must not ask: a POSIX lock is given up when its process closes any file on it, and
+        this closes one.
         """
         if fcntl is None:
             return False
@@ -114,7 +115,7 @@ class FolderLock:
 
 
 def open_regular(path: str | Path, flags: int) -> int:
-    """Open a file of a folder that others can write to, without following where they may have led it.
+    """Open a file in a folder that other users can write to, without following a link that they put in its place.
 
     Args:
         path: The file. Its folder may be a symbolic link, the file itself not.

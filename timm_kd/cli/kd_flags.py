@@ -1,4 +1,4 @@
-"""The flags of distillation, timm's own among them, the other additions to timm's, and what the former amount to."""
+"""The flags of distillation and the other ones that timm's script lacks; and the distillation that they ask for."""
 import argparse
 import dataclasses
 from fractions import Fraction
@@ -118,7 +118,7 @@ def knob_dests() -> dict[str, str]:
 
 
 def _knob_flags() -> list[Flag]:
-    """Return a flag for each knob; the range of one that several losses have is what they agree on."""
+    """Return a flag for each knob; it checks the bounds that all losses with this knob have in common."""
     flags = []
     for name in knob_dests().values():
         knobs = {loss: knob for loss, owner in KD_LOSSES.items() for knob in owner.knobs() if knob.name == name}

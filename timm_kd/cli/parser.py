@@ -82,7 +82,7 @@ def one_of(*names: str, reason: str | None = None) -> Callable[[str], str]:
 
     Args:
         names: The names that are taken.
-        reason: What is said of any other one, in place of the list of names.
+        reason: What the error says of any other name, in place of the list of names.
     """
     def convert(text: str) -> str:
         if text not in names:

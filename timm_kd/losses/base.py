@@ -126,8 +126,8 @@ class DistillationLoss(nn.Module):
     Args: As `formula`.
 
     Returns:
-        What `formula` returns; `gradient` `[B, C]` and `scale` `[B, 1]`, whose product is `d kd_loss / d student`
-        (apart, because the product with the incoming gradient follows anyway).
+        What `formula` returns; `gradient` `[B, C]` and `scale` `[B, 1]`, whose product is `d kd_loss / d student`.
+        They stay apart because backward multiplies by the incoming gradient anyway.
     """
 
     def __init_subclass__(cls, **kwargs: Any):

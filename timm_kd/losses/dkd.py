@@ -64,7 +64,7 @@ class DKDLoss(DistillationLoss):
         softened = soften_teacher(teacher, self.temperature)
         teacher_split = split(softened, labels)
         cross = teacher_cross_(softened, teacher_split.rest, student, 1 / self.temperature)
-        del softened  # its memory serves the student's
+        del softened  # the student's softened logits take its memory
         student_split = split(student * (1 / self.temperature), labels)
         any_rest = teacher_split.has_rest()
         result = self._combine(

@@ -48,7 +48,7 @@ class KDLoss(DistillationLoss):
         softened = soften_teacher(teacher, self.temperature)
         p_teacher = softmax(softened)
         cross = teacher_cross_(softened, p_teacher, student, 1 / self.temperature)
-        del softened  # its memory serves the student's
+        del softened  # the student's softened logits take its memory
         p_student = softmax(student * (1 / self.temperature))
         rows = kl_from_cross(cross, p_teacher, p_student)
         gradient = p_student.probs.sub_(p_teacher.probs)

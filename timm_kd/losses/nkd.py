@@ -58,7 +58,7 @@ class NKDLoss(DistillationLoss):
         labels = labels.heaviest()
         *prepared, scale = prepare(student, teacher, labels, self.logit_std)
         distributed, student_split, teacher_split = _distribute(*prepared, labels, self.temperature)
-        del prepared  # its memory, where it is a copy, serves the softmax of the soft term
+        del prepared  # standardised copies: the softmax of the soft term takes their memory
         gamma = self.gamma * self.temperature * teacher_split.has_rest()
         gradient = student_split.rest.probs
         if self.temperature == 1.0 and not self.logit_std:

@@ -77,8 +77,8 @@ def _read_mixed(target: Tensor, logits: Tensor, smoothing: float, check: bool) -
     eps = torch.finfo(target.dtype).eps
     value, index = target.topk(2, dim=1)
     value = value.to(logits.dtype)
-    # What the two shares add up to, from the two heaviest values, as each of the other C - 2 classes holds `off`. It is
-    # 1 but under half precision images: their Mixup rounds lam and 1 - lam, each for itself.
+    # The sum of the two shares: the two largest values of a row make up all of it but C - 2 times `off`. It is 1,
+    # unless the images are in half precision, where Mixup rounds lam and 1 - lam separately.
     total = value.sum(1, keepdim=True) / (1 - (num_classes - 2) * smoothing / num_classes)
     if check and not bool(((total - 1).abs() < 0.01).all()):
         raise ValueError(

@@ -29,7 +29,8 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def _without_distillation(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a training without distillation has too; stored logits alone imply replayable data."""
+    """Return the settings that a training without distillation has too."""
+    # `--teacher-cache` switches `replayable_data` on.
     of_distillation = 'kd_', 'teacher', 'task_loss_weight', 'distill_loss_weight', 'replayable_data'
     return {name: value for name, value in settings.items() if not name.startswith(of_distillation)}
 

@@ -218,7 +218,7 @@ def _check_readable(path: str, flag: str) -> None:
 
 @contextmanager
 def _missing_keys() -> Iterator[list[str]]:
-    """Collect the names of the weights that timm does not find in a pretrained file: it tells them to its log alone."""
+    """Collect the names of the weights that timm does not find in a pretrained file: only its log tells them."""
     logger = logging.getLogger('timm.models._builder')
     own_level, threshold = logger.level, logger.getEffectiveLevel()
     missing: list[str] = []

@@ -75,7 +75,7 @@ class InputAdapter(nn.Module):
         if normalised_alike and self.in_chans == self.teacher_chans:
             return None, None
         teacher_mean, teacher_std = _per_channel(self.teacher_mean), _per_channel(self.teacher_std)
-        # Where the images change channels and their normalisation is unknown, the teacher's, averaged, is assumed.
+        # Where channels change and the images' normalisation is unknown, the average of the teacher's is assumed.
         mean = _per_channel(self.mean) if self.mean is not None else teacher_mean.mean(1, keepdim=True)
         std = _per_channel(self.std) if self.std is not None else teacher_std.mean(1, keepdim=True)
         if self.teacher_chans == 1 and self.in_chans == 3:

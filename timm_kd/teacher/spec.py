@@ -35,7 +35,7 @@ _REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?')
 _BCE_TAG = re.compile(r'(rsb_)?a[123]h?_in1k')
 # The weights of torchvision and GluonCV were trained with softmax cross-entropy.
 _SOFTMAX_TAGS = ('tv_in1k', 'gluon_in1k', 'tv2_in1k')
-# The entries of a pretrained config that hold for timm's own weights of the architecture alone.
+# Entries of a pretrained config that describe timm's own weights, not the architecture.
 _TIMM_WEIGHTS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'label_offset')
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from timm.models import clean_state_dict, get_model_input_config
 from timm.utils import unwrap_model
 from torch import nn
@@ -21,7 +22,7 @@ from .spec import check_num_classes, load_model, locate
 
 _logger = logging.getLogger(__name__)
 
-# As timm's own task does, a model without a pretrained config is taken to be normalised so.
+# The normalisation of a model without a pretrained config, as timm's own task assumes it.
 _DEFAULT_CFG = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
@@ -149,10 +150,10 @@ class Teacher(nn.Module):
         chans = expects['input_size'][0] if hasattr(inner, 'pretrained_cfg') else stem.in_channels if stem else in_chans
         if not can_adapt_channels(in_chans, chans):
             raise UsageError(f"teacher '{self.source}' takes {chans} channels, the images have {in_chans}.")
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        size = None if img_size is None else to_2tuple(img_size)
         if expects['fixed_input_size']:
             own = tuple(expects['input_size'][1:])
-            if size is not None and tuple(size) != own:
+            if size not in (None, own):
                 raise UsageError(f"`img_size` {size[0]}: teacher '{self.source}' takes {own[0]}x{own[1]} only.")
             size = own
         if not all(0 < value < math.inf for value in cfg['std']):
@@ -163,7 +164,7 @@ class Teacher(nn.Module):
         interpolation = cfg.get('interpolation')
         return InputAdapter(
             in_chans, mean, std, chans, cfg['mean'], cfg['std'],
-            size=None if size is None else tuple(size),
+            size=size,
             interpolation=interpolation if interpolation in ('bilinear', 'bicubic') else 'bicubic',
             dtype=self.dtype,
             channels_last=self.channels_last,
