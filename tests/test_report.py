@@ -107,29 +107,16 @@ def test_unfinished_and_empty_runs_are_named_as_such(tmp_path, capsys):
     assert '1 of 3, stopped' in table and '0 of 3, empty' in table
 
 
-def report_of_a_locked_run(folder: Path) -> None:
-    # The lock is one of processes: the report has to be another one than the run.
-    with FolderLock() as lock:
-        assert lock.acquire(folder)
-        subprocess.run([sys.executable, '-m', 'timm_kd.report', str(folder)], check=True)
-
-
-def test_run_that_a_process_trains_is_in_progress(tmp_path):
-    write_run(tmp_path / 'now', [50.0], epochs=3)
-    run = Process(report_of_a_locked_run, (tmp_path / 'now',), tmp_path / 'printed')
-    assert run.wait(60) == 0, run.stderr
-    assert '1 of 3, in progress' in run.stdout
-
-
 def read_of_the_own_run(folder: Path) -> None:
-    # What the push at a run's end does: the run still has its folder's lock.
+    # As the push at a run's end, which still has the lock of the folder. The lock is one of processes: the report has
+    # to be another one than the run.
     with FolderLock() as lock:
         assert lock.acquire(folder)
         read_run(folder)
         subprocess.run([sys.executable, '-m', 'timm_kd.report', str(folder)], check=True)
 
 
-def test_reading_its_own_folder_leaves_a_run_its_lock(tmp_path):
+def test_run_that_a_process_trains_is_in_progress_even_after_it_has_read_its_own_folder(tmp_path):
     write_run(tmp_path / 'now', [50.0], epochs=3)
     run = Process(read_of_the_own_run, (tmp_path / 'now',), tmp_path / 'printed')
     assert run.wait(60) == 0, run.stderr

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers
@@ -61,16 +62,6 @@ def test_folder_with_damaged_weights_is_refused(folder):
         Teacher(f'local-dir:{folder}', 5)
 
 
-def test_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r'no config.json.*`model`'):
-        Teacher(str(tmp_path), 5)
-
-
-def test_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UsageError, match='no such folder'):
-        Teacher(f'local-dir:{tmp_path}/none', 5)
-
-
 def test_model_kwargs_reach_the_architecture(folder):
     assert Teacher(str(folder), 5, model_kwargs={'drop_rate': 0.25}).model.drop_rate == 0.25
 
@@ -92,6 +83,15 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
     return {f'{prefix}{key}': value for key, value in build().state_dict().items()}
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[object], str]:
+    """Saves a file, and returns its path."""
+    def save(content: object) -> str:
+        torch.save(content, tmp_path / 'weights.pth')
+        return str(tmp_path / 'weights.pth')
+    return save
+
+
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth', '.pt', '.bin'])
 def test_state_dict_file_loads(tmp_path, suffix):
     path = tmp_path / f'weights{suffix}'
@@ -100,100 +100,75 @@ def test_state_dict_file_loads(tmp_path, suffix):
     assert_is(Teacher(str(path), 5, dtype='float32', model='test_resnet'), build())
 
 
-@pytest.mark.parametrize('saved', [
+@pytest.mark.parametrize('content', [
     checkpoint(build(), num_classes=5),
     {'model': build().state_dict(), 'epoch': 3, 'args': argparse.Namespace(model='resnet')},
     {'state_dict': prefixed('module.')},
     {'state_dict': prefixed('_orig_mod.')},
     prefixed('module._orig_mod.'),
 ], ids=['timm', 'torchvision', 'ddp', 'compiled', 'both'])
-def test_training_checkpoint_loads(tmp_path, saved):
-    torch.save(saved, tmp_path / 'last.pth.tar')
-    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, dtype='float32', model='test_resnet'), build())
+def test_training_checkpoint_loads(saved, content):
+    teacher = Teacher(saved(content), 5, dtype='float32', model='test_resnet')
+    assert_is(teacher, build())
+    assert 'state_dict' not in teacher.model.pretrained_cfg  # a second copy of the weights
 
 
 @pytest.mark.parametrize('use_ema', [False, True])
-def test_ema_weights_are_taken_when_asked_for_alone(tmp_path, use_ema):
-    torch.save({**checkpoint(build()), 'state_dict_ema': build(seed=1).state_dict()}, tmp_path / 'last.pth.tar')
-    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, dtype='float32', model='test_resnet', use_ema=use_ema)
-    assert_is(teacher, build(seed=int(use_ema)))
+def test_ema_weights_are_taken_when_asked_for_alone(saved, use_ema):
+    path = saved({**checkpoint(build()), 'state_dict_ema': build(seed=1).state_dict()})
+    assert_is(Teacher(path, 5, dtype='float32', model='test_resnet', use_ema=use_ema), build(seed=int(use_ema)))
 
 
-def test_checkpoint_without_ema_weights_refuses_to_give_them(tmp_path):
-    torch.save(checkpoint(build()), tmp_path / 'last.pth.tar')
-    with pytest.raises(UsageError, match=r"`use_ema`.*last\.pth\.tar' holds no EMA weights"):
-        Teacher(str(tmp_path / 'last.pth.tar'), 5, model='test_resnet', use_ema=True)
-
-
-def test_checkpoint_brings_the_normalisation_it_was_trained_with(tmp_path):
+def test_checkpoint_brings_the_normalisation_it_was_trained_with(saved):
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    torch.save(checkpoint(build(), mean=list(mean), std=list(std)), tmp_path / 'last.pth.tar')
-    teacher = Teacher(str(tmp_path / 'last.pth.tar'), 5, mean=mean, std=std, dtype='float32', model='test_resnet')
-    assert_is(teacher, build())
+    path = saved(checkpoint(build(), mean=list(mean), std=list(std)))
+    assert_is(Teacher(path, 5, mean=mean, std=std, dtype='float32', model='test_resnet'), build())
 
 
-def test_checkpoint_brings_the_size_it_was_trained_at(tmp_path):
+def test_checkpoint_brings_the_size_it_was_trained_at(saved):
     model = build('test_vit', img_size=32)
-    torch.save(checkpoint(model, 'test_vit', img_size=32, model_kwargs={}), tmp_path / 'last.pth.tar')
-    assert_is(Teacher(str(tmp_path / 'last.pth.tar'), 5, dtype='float32', model='test_vit'), model)
+    path = saved(checkpoint(model, 'test_vit', img_size=32, model_kwargs={}))
+    assert_is(Teacher(path, 5, dtype='float32', model='test_vit'), model)
 
 
-def test_checkpoint_of_grey_images_stays_grey(tmp_path):
-    torch.save(build(in_chans=1).state_dict(), tmp_path / 'grey.pth')
-    teacher = Teacher(str(tmp_path / 'grey.pth'), 5, in_chans=1, dtype='float32', model='test_resnet')
-    assert_is(teacher, build(in_chans=1), IMAGES[:, :1])
+def test_checkpoint_of_grey_images_stays_grey(saved):
+    model = build(in_chans=1)
+    teacher = Teacher(saved(model.state_dict()), 5, in_chans=1, dtype='float32', model='test_resnet')
+    assert_is(teacher, model, IMAGES[:, :1])
 
 
-def test_teacher_keeps_no_second_copy_of_its_weights(tmp_path):
-    torch.save(build().state_dict(), tmp_path / 'weights.pth')
-    assert 'state_dict' not in Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet').model.pretrained_cfg
+@pytest.mark.parametrize(('content', 'options', 'said'), [
+    (checkpoint(build()), {}, 'needs `model`, .*test_resnet'),
+    (build().state_dict(), {'model': 'test_resnt'}, '`model` test_resnt .*test_resnet'),
+    (build().state_dict(), {'model': 'test_efficientnet'}, "' does not fit `model` test_efficientnet: .*Missing"),
+    ({key: value for key, value in build().state_dict().items() if key != 'layer2.0.conv1.weight'},
+     {'model': 'test_resnet'}, r'layer2\.0\.conv1\.weight'),
+    (checkpoint(build()), {'model': 'test_resnet', 'use_ema': True}, "`use_ema`.*' holds no EMA weights"),
+    ({}, {'model': 'test_resnet'}, "' holds no state dict"),
+    ({'state_dict': {}}, {'model': 'test_resnet'}, "' holds no state dict"),
+    ({'epoch': 3}, {'model': 'test_resnet'}, "' holds no state dict"),
+    ([1, 2], {'model': 'test_resnet'}, "' holds a list"),
+    (torch.zeros(2), {'model': 'test_resnet'}, "' holds a Tensor"),
+])
+def test_file_that_is_not_what_was_asked_for_is_refused(saved, content, options, said):
+    with pytest.raises(UsageError, match=said) as refused:
+        Teacher(saved(content), 5, **options)
+    assert 'weights.pth' in str(refused.value) or options.get('model') == 'test_resnt'
 
 
-def test_file_without_an_architecture_is_refused_with_the_one_it_names(tmp_path):
-    torch.save(checkpoint(build()), tmp_path / 'last.pth.tar')
-    with pytest.raises(UsageError, match='needs `model`, .*test_resnet'):
-        Teacher(str(tmp_path / 'last.pth.tar'), 5)
-
-
-def test_unknown_architecture_of_a_file_proposes_the_nearest(tmp_path):
-    torch.save(build().state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=r'`model` test_resnt .*test_resnet'):
-        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnt')
-
-
-def test_file_of_another_architecture_is_refused(tmp_path):
-    torch.save(build().state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=r"weights.pth' does not fit `model` test_efficientnet: .*Missing"):
-        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_efficientnet')
-
-
-def test_file_of_another_architecture_is_not_explained_by_its_head(tmp_path):
-    torch.save(checkpoint(build('test_convnext'), 'test_convnext'), tmp_path / 'weights.pth')
+def test_file_of_another_architecture_is_not_explained_by_its_head(saved):
+    path = saved(checkpoint(build('test_convnext'), 'test_convnext'))
     with pytest.raises(UsageError, match='does not fit `model` .*the file says test_convnext') as refused:
-        Teacher(str(tmp_path / 'weights.pth'), 10, model='test_convnext2')
+        Teacher(path, 10, model='test_convnext2')
     assert 'classes' not in str(refused.value)
 
 
-def test_file_that_lacks_a_layer_is_refused(tmp_path):
-    state = build().state_dict()
-    del state['layer2.0.conv1.weight']
-    torch.save(state, tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=r'layer2\.0\.conv1\.weight'):
-        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
-
-
-def test_file_of_another_class_count_is_refused_with_both_numbers(tmp_path):
-    torch.save(build().state_dict(), tmp_path / 'weights.pth')
+def test_file_of_another_class_count_is_refused_with_both_numbers(saved):
+    path = saved(build().state_dict())
     with pytest.raises(UsageError, match='has 5 classes, the student 10') as refused:
-        Teacher(str(tmp_path / 'weights.pth'), 10, model='test_resnet')
-    started_from = f'--model test_resnet --pretrained --pretrained-path {tmp_path / "weights.pth"} --num-classes 10'
+        Teacher(path, 10, model='test_resnet')
+    started_from = f'--model test_resnet --pretrained --pretrained-path {path} --num-classes 10'
     assert started_from in str(refused.value)
-
-
-@pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors', './a/b/last.pth.tar'])
-def test_missing_file_is_refused(name):
-    with pytest.raises(UsageError, match=f"teacher '{name}': no such file"):
-        Teacher(name, 5, model='test_resnet')
 
 
 @pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors'])
@@ -210,16 +185,6 @@ def test_truncated_file_is_refused(tmp_path, name, keep):
 def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / 'weights.pth').write_bytes(content)
     with pytest.raises(UsageError, match=r"teacher .*weights\.pth' (is not a checkpoint|cannot be read)"):
-        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
-
-
-@pytest.mark.parametrize(('content', 'holds'), [
-    ({}, 'no state dict'), ({'state_dict': {}}, 'no state dict'), ({'epoch': 3}, 'no state dict'), ([1, 2], 'a list'),
-    (torch.zeros(2), 'a Tensor'),
-])
-def test_file_without_a_state_dict_is_refused(tmp_path, content, holds):
-    torch.save(content, tmp_path / 'weights.pth')
-    with pytest.raises(UsageError, match=rf"weights\.pth' holds {holds}"):
         Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
 
 
@@ -265,9 +230,20 @@ def test_existing_path_goes_before_timm_and_hub_names(folder, monkeypatch):
     assert locate('resnet34/model.safetensors') == ('file', 'resnet34/model.safetensors')
 
 
-@pytest.mark.parametrize(('spec', 'nearest'), [('resnet3', 'resnet34'), ('resnet34.tv_in1', 'resnet34.tv_in1k')])
-def test_unknown_name_proposes_timms_nearest(spec, nearest):
-    with pytest.raises(UsageError, match=f"teacher '{spec}'.*{nearest}"):
+@pytest.mark.parametrize(('spec', 'said'), [
+    ('{}', r'has no config\.json.*`model`'),
+    ('local-dir:{}/none', 'no such folder'),
+    ('weights.pth', 'no such file'),
+    ('weights.safetensors', 'no such file'),
+    ('./a/b/last.pth.tar', 'no such file'),
+    ('resnet3', 'resnet34'),
+    ('resnet34.tv_in1', r'resnet34\.tv_in1k'),
+    ('http://example.org/model', 'hf-hub:org/name or local-dir:PATH'),
+    ('vit_base_patch16_reg4_gap_256', 'no pretrained weights'),
+])
+def test_spec_that_leads_nowhere_is_refused(tmp_path, spec, said):
+    spec = spec.format(tmp_path)
+    with pytest.raises(UsageError, match=f"teacher '{spec}'.*{said}"):
         Teacher(spec, 1000)
 
 
@@ -276,16 +252,6 @@ def test_mistyped_path_says_that_nothing_is_there_before_it_speaks_of_the_hub(sp
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(UsageError, match=f"teacher '{spec}': (there is )?no such (file or )?folder"):
         Teacher(spec, 1000)
-
-
-def test_unknown_prefix_names_the_known_ones():
-    with pytest.raises(UsageError, match='hf-hub:org/name or local-dir:PATH'):
-        Teacher('http://example.org/model', 1000)
-
-
-def test_architecture_without_pretrained_weights_is_refused():
-    with pytest.raises(UsageError, match='no pretrained weights'):
-        Teacher('vit_base_patch16_reg4_gap_256', 1000)
 
 
 def test_class_count_of_a_timm_name_is_checked_before_a_download():
@@ -347,11 +313,6 @@ def test_cold_cache_offline_says_so(offline):
 
 def test_list_of_one_is_a_teacher_of_its_own(folder):
     assert isinstance(create_teacher([str(folder)], 5), Teacher)
-
-
-def test_teacher_is_in_eval_mode_from_the_start():
-    teacher = Teacher(timm.create_model('test_resnet', num_classes=7).train(), 7)
-    assert not any(module.training for module in teacher.modules())
 
 
 # the script
