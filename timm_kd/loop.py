@@ -13,7 +13,6 @@ from timm.utils import NativeScaler, distribute_bn
 from torch.utils.data import IterableDataset
 
 from .engine import Progress, train_one_epoch, validate
-from .files import print_out
 from .meters import AgreementEvaluator, NonFiniteLoss, SkippedSteps, StepTotals
 from .process import AgreedStop
 from .run.checkpoint import AtomicSaver

@@ -20,10 +20,10 @@ from .cli import parse_args
 from .cli.messages import in_flags
 from .data import class_names
 from .errors import UsageError
-from .files import FolderLock, write_atomically
+from .files import FolderLock, print_out, write_atomically
 from .hub import check_access, push_run
 from .loop import Loop
-from .process import ending, print_out, setup_process
+from .process import ending, setup_process
 from .run.checkpoint import AtomicSaver
 from .run.log import RunLog, setup_logging
 from .run.record import Summary, write_record
