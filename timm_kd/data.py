@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    ImageDataset,
+    Mixup,
+    NaFlexMixup,
+    create_dataset,
+    create_loader,
+    create_naflex_loader,
+)
+from timm.data.naflex_dataset import NaFlexCollator
+from timm.data.naflex_transforms import Patchify
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -96,12 +107,13 @@ class TrainData:
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Announce an epoch to the data set or the sampler; a replayable loader begins it at `first_batch`."""
-        if self.mixup_active:
-            mixer = self.loader if self.mixup_fn is None else self.mixup_fn
+        mixer = self.loader if self.mixup_fn is None else self.mixup_fn
+        if self.mixup_active and hasattr(mixer, 'mixup_enabled'):  # NaFlexMixup counts the epochs by itself
             mixer.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
         batch_sampler = getattr(self.loader, 'batch_sampler', None)
-        if hasattr(self.dataset, 'set_epoch'):
-            self.dataset.set_epoch(epoch)
+        batching = next((each for each in (self.dataset, self.loader.dataset) if hasattr(each, 'set_epoch')), None)
+        if batching is not None:  # a stream, or the data set of batches that a NaFlex loader reads
+            batching.set_epoch(epoch)
         elif isinstance(batch_sampler, ReplayBatchSampler):
             batch_sampler.set_epoch(epoch, first_batch)
         else:
@@ -221,15 +233,63 @@ def create_train_data(
     return TrainData(dataset, loader, mixup_fn, mixup is not None, mixup_off_epoch, reference_batch_size)
 
 
-def create_eval_loader(dataset: Dataset, *, replayable: bool = False, **options: Any) -> DataLoader:
+def create_naflex_train_data(dataset: Dataset, *, mixup: dict[str, Any] | None = None, **options: Any) -> TrainData:
+    """Create the NaFlex training loader: batches of patches, with a longest sequence that is drawn for each.
+
+    Args:
+        dataset: The training data set.
+        mixup: Arguments of `timm.data.NaFlexMixup`; None to mix nothing.
+        options: Keywords of `timm.data.create_naflex_loader`.
+    """
+    mixup_fn = None if mixup is None else NaFlexMixup(**mixup)
+    loader = create_naflex_loader(dataset, is_training=True, mixup_fn=mixup_fn, **options)
+    return TrainData(dataset, loader, None, mixup is not None, 0, options['batch_size'])
+
+
+def blank_patches(
+        count: int,
+        channels: int,
+        patch_size: int | tuple[int, int],
+        flatten: bool = True,
+        channels_last: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return what a NaFlex loader makes of blank images of four by four patches.
+
+    Args:
+        count: How many images.
+        channels: Their channels.
+        patch_size: Height and width of a patch, or its side.
+        flatten: Whether a patch is a vector, as where all have the model's own size.
+        channels_last: Whether the channel is the last axis of a patch, or its first.
+        device: Where the batch lies.
+        dtype: Dtype of the patches.
+    """
+    patchify = Patchify(patch_size, flatten_patches=flatten, channels_last=channels_last)
+    height, width = patchify.patch_size
+    patches = patchify(torch.zeros(channels, 4 * height, 4 * width))
+    batch, _ = NaFlexCollator(max_seq_len=16)([(patches, 0)] * count)
+    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {**batch, 'patches': batch['patches'].to(dtype)}
+
+
+def create_eval_loader(
+        dataset: Dataset,
+        *,
+        replayable: bool = False,
+        naflex: bool = False,
+        **options: Any,
+) -> DataLoader:
     """Create a loader of the validation split.
 
     Args:
         dataset: The validation data set; several loaders may share it.
         replayable: Take nothing from torch's random stream.
-        options: Keywords of `timm.data.create_loader`.
+        naflex: Make a NaFlex loader.
+        options: Keywords of `timm.data.create_loader`, or of `create_naflex_loader`.
     """
-    loader = create_loader(dataset, is_training=False, **options)
+    loader = (create_naflex_loader if naflex else create_loader)(dataset, is_training=False, **options)
     if replayable:
         # Persistent workers draw a seed when they start, and a resumed run starts them anew. Drawn from torch's global
         # stream, which dropout reads too, it would make the resumed run another one.

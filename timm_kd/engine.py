@@ -33,6 +33,7 @@ class StepSettings:
         synchronize: Wait for the device after each update (`--synchronize-step`).
         batch_loss_scale: 'none', 'sqrt' or 'linear': how the loss that goes into backward grows with the batch size.
         reference_batch_size: The batch size whose loss scale is 1.
+        uneven_ranks: How many processes train, where their batches differ in size (NaFlex); else 1.
     """
     device: torch.device
     dtype: torch.dtype | None = None
@@ -45,14 +46,18 @@ class StepSettings:
     synchronize: bool = False
     batch_loss_scale: str = 'none'
     reference_batch_size: float = 1.0
+    uneven_ranks: int = 1
 
     def prepare(
             self,
-            input: torch.Tensor,
+            input: torch.Tensor | dict[str, torch.Tensor],
             target: torch.Tensor,
             mixup_fn: Callable | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring a batch of a loader to the device, mix it, and put its images into the model's memory format."""
+    ) -> tuple[torch.Tensor | dict[str, torch.Tensor], torch.Tensor]:
+        """Bring a batch of a loader to the device, mix it, and put its images into the model's memory format.
+
+        The dict of patches that a NaFlex loader makes is on the device and mixed already.
+        """
         if not self.prefetched:
             input, target = input.to(device=self.device, dtype=self.dtype), target.to(device=self.device)
         if mixup_fn is not None:
@@ -68,6 +73,15 @@ class StepSettings:
         ratio = batch_size / self.reference_batch_size
         return ratio if self.batch_loss_scale == 'linear' else ratio ** 0.5
 
+    def share(self, batch_size: int) -> torch.Tensor:
+        """Return this process's part of the images of a step, 1 where all have as many; all processes must ask.
+
+        DDP averages gradients over processes. Times this factor, it averages them over images.
+        """
+        total = torch.full((), float(batch_size), device=self.device)
+        torch.distributed.all_reduce(total)
+        return self.uneven_ranks * batch_size / total
+
 
 @dataclass
 class Progress:
@@ -76,7 +90,7 @@ class Progress:
     update_idx: int
     updates_per_epoch: int
     batch_idx: int
-    input: torch.Tensor
+    input: torch.Tensor | dict[str, torch.Tensor]
     step_time: AverageMeter
     data_time: AverageMeter
     samples: int
@@ -131,11 +145,13 @@ def train_one_epoch(
             with settings.autocast():
                 result = task(input, target)
                 loss = result['loss'] / divisor if divisor > 1 else result['loss']
-                scale = settings.loss_scale(len(input))
+                scale = settings.loss_scale(len(target))
                 scaled_loss = loss * scale if scale != 1 else loss
+                if settings.uneven_ranks > 1:
+                    scaled_loss = scaled_loss * settings.share(len(target))
             _backward(scaled_loss, task, optimizer, settings, loss_scaler, create_graph, need_update)
-        totals.update(result, loss, divisor, batch_idx, len(input))
-        samples += len(input)
+        totals.update(result, loss, divisor, batch_idx, len(target))
+        samples += len(target)
         if not need_update:
             continue
         num_updates += 1

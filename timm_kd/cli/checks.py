@@ -42,6 +42,12 @@ _BELONGS_TO = {
     'loss_weight_power': 'class_stats',
     'loss_weight_beta': 'class_stats',
     'loss_weight_max': 'class_stats',
+    'naflex_train_seq_lens': 'naflex_loader',
+    'naflex_max_seq_len': 'naflex_loader',
+    'naflex_patch_sizes': 'naflex_loader',
+    'naflex_patch_size_probs': 'naflex_patch_sizes',
+    'naflex_loss_scale': 'naflex_loader',
+    'naflex_patchify_channels_first': 'naflex_loader',
     'hub_private': 'push_to_hub',
     'hub_license': 'push_to_hub',
     'hub_revision': 'push_to_hub',
@@ -78,7 +84,7 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     rules = (
         _refused(args, defaults), _belonging(args, defaults), _data(args), _files(args), _images(args),
         _batches(args), _crops(args), check_task_loss(args, defaults), _compiling(args), _optimizer(args),
-        _schedule(args), _train_sizes(args), _hub(args), _distillation(args, defaults),
+        _schedule(args), _train_sizes(args), _naflex(args, defaults), _hub(args), _distillation(args, defaults),
     )
     for rule in rules:
         for sentence in rule:
@@ -100,8 +106,6 @@ def check_device(device: str) -> None:
 
 def _refused(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
     for dest, value in vars(args).items():
-        if dest.startswith('naflex_') and value != defaults[dest]:
-            yield f'{as_given(dest, value)}: NaFlex data is not supported, leave the naflex flags out.'
         if dest in _REFUSED and value != defaults[dest]:
             yield f'{as_given(dest, value)}: {_REFUSED[dest]}'
     if args.target_key and ',' in args.target_key:
@@ -171,7 +175,7 @@ def _batches(args: argparse.Namespace) -> Iterator[str]:
                'batch, make it a multiple.')
     if args.split_bn and not args.aug_splits and args.batch_size % 2:
         yield f'--batch-size {args.batch_size}: --split-bn halves a batch and needs an even one.'
-    if args.mixup or args.cutmix or args.cutmix_minmax:
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and not args.naflex_loader:
         dest = 'train_batch_sizes' if args.train_batch_sizes else 'batch_size'
         if any(batch_size % 2 for batch_size in args.train_batch_sizes or [args.batch_size]):
             yield f'{as_given(dest, getattr(args, dest))}: Mixup and CutMix mix pairs and need an even batch size.'
@@ -293,6 +297,31 @@ def _train_sizes(args: argparse.Namespace) -> Iterator[str]:
         yield f'{as_given("train_size_probs", args.train_size_probs)}: expected a value above 0 among them.'
     if args.train_size_schedule == 'progressive' and len(sizes) < 2:
         yield '--train-size-schedule progressive needs two or more --train-img-sizes.'
+
+
+def _naflex(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
+    if not args.naflex_loader:
+        return
+    reasons = {
+        **dict.fromkeys(('train_img_sizes', 'use_multi_epochs_loader', 'aug_splits', 'aug_repeats', 'crops_per_image'),
+                        'timm\'s NaFlex loader has nothing of the kind'),
+        **dict.fromkeys(('no_prefetcher', 'channels_last', 'save_images', 'torchscript'),
+                        'a NaFlex batch is no tensor of images but a dict of patches'),
+        'teacher_cache': 'stored logits need images that come back as they were, and NaFlex draws cannot be replayed',
+        'replayable_data': 'timm\'s NaFlex loader makes its draws by worker, not by image',
+        'teacher_img_size': 'the images have no common size that a teacher could be shown',
+    }
+    for dest, reason in reasons.items():
+        if getattr(args, dest) != defaults[dest]:
+            yield f'{as_given(dest, getattr(args, dest))}: {reason}, leave out this or --naflex-loader.'
+    if args.cutmix_minmax and not (args.mixup or args.cutmix):
+        yield f'{as_given("cutmix_minmax", args.cutmix_minmax)}: NaFlex Mixup has no such box, take --cutmix.'
+    if _kind_of_dataset(args) in _STREAMS:
+        yield f'--naflex-loader: needs a data set with indices, and --dataset {args.dataset} is a stream.'
+    sizes, probs = args.naflex_patch_sizes or [], args.naflex_patch_size_probs
+    if probs is not None and (len(probs) != len(sizes) or not any(probs)):
+        yield (f'{as_given("naflex_patch_size_probs", probs)}: expected one value for each of the {len(sizes)} '
+               '--naflex-patch-sizes, and one above 0.')
 
 
 def _hub(args: argparse.Namespace) -> Iterator[str]:

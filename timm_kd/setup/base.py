@@ -16,7 +16,7 @@ from ..data import DataConfig, TrainData
 from ..engine import StepSettings
 from ..process import Process
 from .data import create_data
-from .student import create_student
+from .student import create_student, get_patch_size
 
 _logger = logging.getLogger('train')
 
@@ -82,7 +82,7 @@ def set_up(args: argparse.Namespace, args_text: str, process: Process, trains: b
         student, data_config, settled.num_classes = create_student(args, on_cpu, None)
     if process.distributed and args.sync_bn:
         settled.dist_bn = ''  # synchronised statistics need no further distribution
-    data, open_eval_loader = create_data(settled, data_config, process, dtype)
+    data, open_eval_loader = create_data(settled, data_config, process, dtype, get_patch_size(student))
     eval_loader = open_eval_loader() if open_eval_loader is not None else None
     amp_dtype = getattr(torch, args.amp_dtype)
     autocast = partial(torch.autocast, process.device.type, amp_dtype) if args.amp else nullcontext
@@ -108,10 +108,17 @@ def set_up(args: argparse.Namespace, args_text: str, process: Process, trains: b
             clip_grad=args.clip_grad,
             clip_mode=args.clip_mode,
             synchronize=args.synchronize_step,
-            batch_loss_scale=args.variable_batch_loss_scale if args.train_img_sizes else 'none',
+            batch_loss_scale=_batch_loss_scale(args),
             reference_batch_size=data.reference_batch_size,
+            uneven_ranks=process.world_size if args.naflex_loader else 1,
         ),
     )
+
+
+def _batch_loss_scale(args: argparse.Namespace) -> str:
+    if args.naflex_loader:
+        return args.naflex_loss_scale
+    return args.variable_batch_loss_scale if args.train_img_sizes else 'none'
 
 
 def _learning_rate(args: argparse.Namespace, batch_size: float, world_size: int) -> float:

@@ -1,5 +1,6 @@
 """args -> the data: what the flags are in the keywords of timm's data sets and loaders."""
 import argparse
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,9 +9,19 @@ import torch
 from PIL import ImageMode
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..data import DataConfig, TrainData, create_datasets, create_eval_loader, create_train_data
+from ..cli.task_loss import is_mixing
+from ..data import (
+    DataConfig,
+    TrainData,
+    create_datasets,
+    create_eval_loader,
+    create_naflex_train_data,
+    create_train_data,
+)
 from ..errors import UsageError
 from ..process import Process
+
+_logger = logging.getLogger(__name__)
 
 
 def create_data(
@@ -18,8 +29,16 @@ def create_data(
         data_config: DataConfig,
         process: Process,
         dtype: torch.dtype | None,
+        patch_size: tuple[int, int],
 ) -> tuple[TrainData, Callable[..., DataLoader] | None]:
     """Create the data of both splits.
+
+    Args:
+        args: The flags.
+        data_config: timm's data config of the images.
+        process: The process.
+        dtype: Dtype of the images; None for float32.
+        patch_size: Height and width of the student's patches, for `--naflex-loader`.
 
     Returns:
         The training data, and what opens a loader of the validation split (with further keywords of
@@ -47,7 +66,11 @@ def create_data(
         trust_remote_code=args.dataset_trust_remote_code,
     )
     loading = loading_kwargs(args, data_config, process, dtype)
-    data = create_train_data(train_set, **loading, **_train_data_kwargs(args, data_config))
+    if args.naflex_loader:
+        data = create_naflex_train_data(train_set, **loading, **_naflex_kwargs(args, data_config, process, patch_size))
+        loading.update(naflex=True, patch_size=patch_size, max_seq_len=args.naflex_max_seq_len)
+    else:
+        data = create_train_data(train_set, **loading, **_train_data_kwargs(args, data_config))
     if eval_set is None:
         return data, None
     if args.tta and not isinstance(eval_set, IterableDataset):
@@ -83,17 +106,8 @@ def _train_data_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dic
         mixup_off_epoch=args.mixup_off_epoch,
         **augmentation_settings(args, data_config),
     )
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
-        keywords['mixup'] = dict(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
-        )
+    if is_mixing(args):
+        keywords['mixup'] = dict(_mixup_kwargs(args), cutmix_minmax=args.cutmix_minmax, mode=args.mixup_mode)
     if args.train_img_sizes:
         keywords.update(
             input_size_choices=args.train_img_sizes,
@@ -107,6 +121,45 @@ def _train_data_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dic
             num_batches=args.train_batches_per_epoch,
         )
     return keywords
+
+
+def _naflex_kwargs(
+        args: argparse.Namespace,
+        data_config: DataConfig,
+        process: Process,
+        patch_size: tuple[int, int],
+) -> dict[str, Any]:
+    """Return the keywords of `create_naflex_train_data` that are not those of `loading_kwargs`."""
+    keywords = dict(
+        batch_size=args.batch_size,
+        train_seq_lens=args.naflex_train_seq_lens,
+        worker_seeding=args.worker_seeding,
+        rank=process.rank,
+        world_size=process.world_size,
+        **augmentation_settings(args, data_config),
+    )
+    if args.naflex_patch_sizes:
+        keywords.update(
+            patch_size_choices=args.naflex_patch_sizes, patch_size_choice_probs=args.naflex_patch_size_probs)
+    else:
+        keywords['patch_size'] = patch_size
+    if is_mixing(args):
+        keywords['mixup'] = dict(_mixup_kwargs(args), mixup_off_epoch=args.mixup_off_epoch)
+        if args.cutmix_minmax or args.mixup_mode != 'batch':
+            _logger.warning('--cutmix-minmax and --mixup-mode: NaFlex Mixup has neither, as in timm\'s script.')
+    return keywords
+
+
+def _mixup_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keywords that timm's kinds of Mixup share."""
+    return dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
 
 
 def augmentation_settings(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
@@ -160,9 +213,14 @@ def loading_kwargs(
         process: Process,
         dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Return the keywords of `timm.data.create_loader` that both splits share."""
+    """Return the keywords of timm's loader, `--naflex-loader` or not, that both splits share."""
+    if args.naflex_loader:
+        images = dict(
+            channels=data_config['input_size'][0], patchify_channels_last=not args.naflex_patchify_channels_first)
+    else:
+        images = dict(input_size=data_config['input_size'])
     return dict(
-        input_size=data_config['input_size'],
+        images,
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=args.workers,

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from ..cli import resolve_kd
 from ..cli.messages import as_given
-from ..data import DataConfig
+from ..data import DataConfig, blank_patches
 from ..errors import UsageError, explain, few, shortened
 from ..files import load_file
 from ..losses import KD_LOSSES
@@ -80,6 +80,11 @@ def create_student(
     if args.torchscript:
         model = torch.jit.script(model)
     return model, data_config, num_classes
+
+
+def get_patch_size(model: nn.Module) -> tuple[int, int]:
+    """Return height and width of a model's patches; timm's 16 where the model has none."""
+    return tuple(model.get_patch_size()) if hasattr(model, 'get_patch_size') else (16, 16)
 
 
 def _create_model(args: argparse.Namespace) -> nn.Module:
@@ -162,38 +167,59 @@ def _check_forward(
 
     Parameters, buffers and random streams are left as they were; the model is left in training mode.
     """
-    splits = max(args.aug_splits, 2) if args.split_bn else 1
-    # Two images do for batch norm, if the batches of the run are as large; each split has its own.
-    smallest = min(2, args.batch_size, *args.train_batch_sizes or ())
-    channels, *size = input_size
-    batches = [(False, 2, size), *((True, smallest, [side] * 2) for side in args.train_img_sizes or ())]
-    if not args.train_img_sizes:
-        batches.append((True, smallest, size))
-    parameter = next(model.parameters())
-    for training, count, sides in batches:
-        images = torch.zeros(count * splits, channels, *sides, device=parameter.device, dtype=parameter.dtype)
+    for training, num_images, input, what in _blank_batches(args, model, input_size):
         buffers = {key: value.clone() for key, value in model.named_buffers()}
         try:
             with preserved_random_state(), torch.no_grad():
-                output = functional_call(model.train(training), buffers, images)
+                output = functional_call(model.train(training), buffers, input)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
-            flags = 'input_size', 'img_size', 'train_img_sizes', 'in_chans', 'gp', 'model_kwargs'
+            flags = ['in_chans', 'gp', 'model_kwargs']
+            flags += ['naflex_patch_sizes'] if args.naflex_loader else ['input_size', 'img_size', 'train_img_sizes']
             suspects = [as_given(dest, getattr(args, dest)) for dest in flags if getattr(args, dest) not in (None, {})]
-            suspects += ['--batch-size 1'] if smallest == 1 else []
+            suspects += ['--batch-size 1'] if num_images == 1 else []
+            usual = '--model (to naflexvit_base_patch16_gap, say)' if args.naflex_loader else '--img-size'
             raise UsageError(
-                f'--model {args.model} fails on images of {"x".join(map(str, images.shape[1:]))}, change '
-                f'{" or ".join(suspects or ["--img-size"])}: {shortened(error)}'
+                f'--model {args.model} fails on {what}, change {" or ".join(suspects or [usual])}: {shortened(error)}'
             ) from error
         if not isinstance(output, torch.Tensor):
             raise UsageError(
                 f'--model {args.model} returns a {type(output).__name__} of {len(output)} outputs in training, and the '
                 'losses are defined on one set of logits: take a model, or --model-kwargs, without it.'
             )
-        if output.shape != (len(images), num_classes):
+        if output.shape != (num_images, num_classes):
             raise UsageError(
                 f'--model {args.model} returns outputs of shape {tuple(output.shape[1:])} for an image, the losses '
                 f'need {num_classes} logits: leave --gp and --model-kwargs at their defaults.'
             )
+
+
+def _blank_batches(
+        args: argparse.Namespace,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+) -> Iterator[tuple[bool, int, torch.Tensor | dict[str, torch.Tensor], str]]:
+    """Yield blank batches as the loaders make them: whether it is for training, how many images, they, their name."""
+    parameter = next(model.parameters())
+    kind = dict(device=parameter.device, dtype=parameter.dtype)
+    # Two images do for batch norm, if the batches of the run are as large; each split has its own.
+    smallest = min(2, args.batch_size, *args.train_batch_sizes or ())
+    channels, *size = input_size
+    if args.naflex_loader:
+        last = not args.naflex_patchify_channels_first
+        sizes = [(False, get_patch_size(model), True)]
+        sizes += [(True, (side, side), False) for side in args.naflex_patch_sizes or ()] or [(True, *sizes[0][1:])]
+        for training, patch_size, flat in sizes:
+            patches = blank_patches(smallest, channels, patch_size, flatten=flat, channels_last=last, **kind)
+            yield training, smallest, patches, f'NaFlex patches of {"x".join(map(str, patch_size))}'
+        return
+    splits = max(args.aug_splits, 2) if args.split_bn else 1
+    batches = [(False, 2, size), *((True, smallest, [side] * 2) for side in args.train_img_sizes or ())]
+    if not args.train_img_sizes:
+        batches.append((True, smallest, size))
+    for training, count, sides in batches:
+        shape = channels, *sides
+        images = torch.zeros(count * splits, *shape, **kind)
+        yield training, len(images), images, f'images of {"x".join(map(str, shape))}'
 
 
 def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
