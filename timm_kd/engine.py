@@ -256,7 +256,7 @@ class _SideBySide(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([member(images) for member in self.members], dim=1)
 
 

@@ -167,7 +167,7 @@ def _check_forward(
 
     Parameters, buffers and random streams are left as they were; the model is left in training mode.
     """
-    for training, num_images, input, what in _blank_batches(args, model, input_size):
+    for training, num_images, input, what in blank_batches(args, model, input_size):
         buffers = {key: value.clone() for key, value in model.named_buffers()}
         try:
             with preserved_random_state(), torch.no_grad():
@@ -193,7 +193,7 @@ def _check_forward(
             )
 
 
-def _blank_batches(
+def blank_batches(
         args: argparse.Namespace,
         model: nn.Module,
         input_size: tuple[int, int, int],

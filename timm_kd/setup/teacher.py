@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from ..engine import evaluate_teacher
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..process import preserved_random_state
 from ..teacher import Teacher, TeacherEnsemble, create_teacher
 from ..teacher_cache import CachedTeacher, CacheFolder, RowLayout
@@ -23,6 +23,7 @@ from ..teacher_cache.folder import KEY_FILE, precision_of, read_members, read_pr
 from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_files
 from .base import Setup
 from .data import augmentation_settings, image_mode
+from .student import blank_batches
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def _create_teacher(setup: Setup) -> Teacher | TeacherEnsemble:
     """Load the live teacher, without a draw from the training's random streams."""
     args = setup.args
     with setup.process.primary_first(), preserved_random_state():  # one download, which the other processes read
-        return create_teacher(
+        teacher = create_teacher(
             setup.kd.teacher,
             num_classes=None if setup.kd.loss == 'feature' else args.num_classes,
             mean=setup.data_config['mean'],
@@ -72,6 +73,18 @@ def _create_teacher(setup: Setup) -> Teacher | TeacherEnsemble:
             class_map_missing=args.teacher_class_map_missing,
             compile_backend=args.teacher_compile,
         )
+    if args.naflex_loader:
+        for _, _, patches, what in blank_batches(args, setup.student, setup.data_config['input_size']):
+            try:
+                teacher(patches)
+            except UsageError:
+                raise
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                raise UsageError(
+                    f"teacher '{teacher.source}' does not take {what} as --naflex-loader makes them: it must be a "
+                    f'NaFlexViT for such patches ({shortened(error)}).'
+                ) from error
+    return teacher
 
 
 def evaluate_run_teacher(setup: Setup, teacher: torch.nn.Module) -> tuple[list[dict[str, float]], torch.Tensor]:

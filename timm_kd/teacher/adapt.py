@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.data.loader import adapt_to_chs
 from torch import nn
 
+from ..errors import UsageError
+
 # PIL's weights of an RGB image turned grey (mode 'L'), ITU-R BT.601: what a grey teacher was shown in training.
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -85,8 +87,20 @@ class InputAdapter(nn.Module):
             scale, offset = std, mean
         return (scale / teacher_std).float(), ((offset - teacher_mean) / teacher_std).float()
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images `[B, C, H, W]` of the student as the teacher takes them; what is given stays untouched."""
+    def forward(
+            self,
+            images: torch.Tensor | dict[str, torch.Tensor],
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return images `[B, C, H, W]` of the student as the teacher takes them; what is given stays untouched.
+
+        Raises:
+            UsageError: For a NaFlex batch, a dict of patches, that would have to be changed: only its dtype can be.
+        """
+        if isinstance(images, dict):
+            if self.size is not None or self.scale is not None:
+                raise UsageError(f'NaFlex patches cannot be adapted to a teacher ({self.describe()}): train with its '
+                                 '`mean`, `std` and channels.')
+            return {**images, 'patches': images['patches'].to(self.dtype)}
         # The layout goes first: changing it together with the precision takes more than twice as long on a CPU.
         adapted = images.to(memory_format=self.memory_format)
         if self.size is not None and adapted.shape[-2:] != self.size:

@@ -186,11 +186,12 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
         """Answer a batch.
 
         Args:
-            images: `[B, in_chans, H, W]` as the student gets them; never modified.
+            images: `[B, in_chans, H, W]` as the student gets them, or the dict of patches of a NaFlex loader; never
+                modified.
 
         Returns:
             Logits `[B, num_classes]` in float32, without gradient.
@@ -201,7 +202,7 @@ class Teacher(nn.Module):
         """
         logits = self._answer(self._logits, images)
         if not self._checked:
-            self._check(logits, images)  # the only host sync, once
+            self._check(logits, _pixels(images))  # the only host sync, once
         return logits if self.classes is None else self.classes(logits)
 
     @torch.no_grad()
@@ -221,14 +222,14 @@ class Teacher(nn.Module):
 
     def _answer(self, compute: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """Ask the model in its own precision, compiled where it is to be."""
-        device_type = images.device.type
+        device_type = _pixels(images).device.type
         autocast = self.dtype_name != 'amp' and torch.amp.is_autocast_available(device_type)  # not on the meta device
         own_precision = torch.autocast(device_type, enabled=False) if autocast else nullcontext()
         try:
             with own_precision:
                 return compute(images) if self._compile_options is None else self._compiled_answer(compute, images)
         except AssertionError as error:  # how timm's models refuse a size
-            size = 'x'.join(map(str, images.shape[-2:]))
+            size = 'x'.join(map(str, _pixels(images).shape[-2:]))
             raise UsageError(
                 f"teacher '{self.source}' refuses images of {size} ({error}): `img_size` N resizes them for it."
             ) from error
@@ -306,6 +307,10 @@ class Teacher(nn.Module):
             lacking = f' ({self.classes.num_missing} masked)' if self.classes.num_missing else ''
             parts.append(f'{self.num_classes} classes by {self.class_map_name}{lacking}')
         return ', '.join(part for part in parts if part)
+
+
+def _pixels(images: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+    return images['patches'] if isinstance(images, dict) else images
 
 
 def _hash_weights(model: nn.Module, dtype: torch.dtype) -> str:

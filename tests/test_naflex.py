@@ -1,0 +1,200 @@
+"""NaFlex: batches of patches, in their own aspect ratio, of a length that is drawn for each."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import BASE, Run, run_on_ranks, run_script
+from timm.data import create_dataset, create_naflex_loader
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+from timm.utils import AverageMeter, random_seed
+from torch import nn
+
+from timm_kd.data import create_naflex_train_data
+from timm_kd.engine import StepSettings, train_one_epoch
+from timm_kd.meters import StepTotals
+from timm_kd.train import main
+
+CPU = torch.device('cpu')
+KWARGS = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8)
+NAFLEX = (
+    '--model naflexvit_base_patch16_gap --model-kwargs embed_dim=32 depth=2 num_heads=2 patch_size=8 --img-size 32 '
+    '--naflex-loader --naflex-train-seq-lens 4 9 16 --naflex-max-seq-len 16'
+)
+
+
+def small_vit(**kwargs) -> nn.Module:
+    return timm.create_model('naflexvit_base_patch16_gap', num_classes=10, img_size=32, **{**KWARGS, **kwargs})
+
+
+def test_run_is_timms_loader_model_and_loss_step_for_step(train, digits):
+    run = train(f'{NAFLEX} --batch-size 16 --opt momentum --lr 0.05 --smoothing 0 '
+                '--naflex-loss-scale sqrt')
+    random_seed(42, 0)
+    model = small_vit()
+    loader = create_naflex_loader(
+        create_dataset('', root=str(digits), split='train', is_training=True), patch_size=8, train_seq_lens=[4, 9, 16],
+        batch_size=16, is_training=True, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='random', scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3), num_workers=0, device=CPU, pin_memory=False,
+    )
+    optimizer = create_optimizer_v2(model, opt='momentum', lr=0.05, weight_decay=2e-5, momentum=0.9)
+    sizes, meter = set(), AverageMeter()
+    for input, target in loader:
+        loss = nn.functional.cross_entropy(model(input), target)
+        optimizer.zero_grad()
+        (loss * (len(target) / 16) ** 0.5).backward()
+        optimizer.step()
+        meter.update(loss.item(), len(target))
+        sizes.add(input['patches'].shape[:2])
+    assert len(sizes) > 2  # or the scale of the loss was never another than 1
+    assert run.rows[0]['train_loss'] == pytest.approx(meter.avg, rel=1e-12)
+    assert list(run.rows[0]) == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    assert run.record['timing'][0]['images'] == 160
+
+
+def test_validation_is_on_the_longest_validation_sequence(train, digits):
+    run = train(f'{NAFLEX} --opt momentum --lr 1e-30')
+    random_seed(42, 0)
+    model = small_vit().eval()
+    loader = create_naflex_loader(
+        create_dataset('', root=str(digits), split='validation'), patch_size=8, max_seq_len=16, batch_size=32,
+        mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', num_workers=0, device=CPU, pin_memory=False,
+    )
+    with torch.no_grad():
+        outputs = [(model(input), target) for input, target in loader]
+    output, target = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    assert len(target) == 100
+    assert run.rows[0]['eval_loss'] == pytest.approx(nn.functional.cross_entropy(output, target).item(), rel=1e-5)
+
+
+def test_patch_sizes_are_drawn_from_the_flags(train):
+    run = train(f'{NAFLEX} --model-kwargs embed_dim=32 depth=1 num_heads=2 enable_patch_interpolator=True '
+                '--naflex-patch-sizes 8 16 --naflex-patch-size-probs 1 2 --mixup 0.2 --model-ema')
+    assert run.rows[0]['train_loss'] < 3
+
+
+def test_patches_with_channels_first_reach_the_model_as_other_numbers(train):
+    losses = {train(f'{NAFLEX} {flag}', name=f'run{len(flag)}').rows[0]['train_loss']
+              for flag in ('', '--naflex-patchify-channels-first')}
+    assert len(losses) == 2
+
+
+def test_mixup_ends_at_its_epoch(digits):
+    data = create_naflex_train_data(
+        create_dataset('', root=str(digits), split='train', is_training=True), patch_size=8, train_seq_lens=[4],
+        batch_size=32, mixup=dict(mixup_alpha=1.0, cutmix_alpha=0.0, num_classes=10, mixup_off_epoch=1), num_workers=0,
+        device=CPU, pin_memory=False,
+    )
+    mixed = []
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        mixed.append(any((target.max(dim=1).values < 1).any().item() for _, target in data.loader))
+    assert mixed == [True, False]
+
+
+def test_run_resumed_after_an_epoch_ends_as_if_it_had_not_stopped(digits, tmp_path):
+    flags = f'{NAFLEX} --epochs 3 --mixup 0.4 --drop-path 0.1'
+    whole = run_script(flags, digits, tmp_path, 'whole')
+    run_script(f'{flags} --stop-epoch 1', digits, tmp_path, 'parts')
+    parts = run_script(f'{flags} --resume auto', digits, tmp_path, 'parts')
+    assert parts.rows == whole.rows
+
+
+@pytest.fixture
+def naflex_teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path / 'naflex-teacher'
+    save_for_hf(small_vit(depth=3), folder, model_args={**KWARGS, 'depth': 3, 'img_size': 32}, safe_serialization=True)
+    return folder
+
+
+def test_naflex_teacher_gets_the_patches_of_the_student(train, naflex_teacher):
+    run = train(f'{NAFLEX} --teacher local-dir:{naflex_teacher} --mixup 0.2 --naflex-max-seq-len 9')
+    assert {'train_kd_loss', 'eval_agreement'} <= set(run.rows[0])
+    assert run.record['teacher'][0]['top1'] is not None
+
+
+@pytest.mark.parametrize('flags, sentence', [
+    ('--teacher {plain}', 'does not take NaFlex patches of 8x8'),
+    ('--teacher {own} --mean 0.4 --std 0.5', 'NaFlex patches cannot be adapted to a teacher'),
+    ('--teacher {own} --model-kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4',
+     'does not take NaFlex patches of 4x4'),
+])
+def test_teacher_that_cannot_take_the_patches_is_refused(flags, sentence, digits, naflex_teacher, tmp_path):
+    plain = timm.create_model('test_vit', num_classes=10, img_size=32)
+    save_for_hf(plain, tmp_path / 'plain', model_args={'img_size': 32}, safe_serialization=True)
+    flags = flags.format(plain=f'local-dir:{tmp_path / "plain"}', own=f'local-dir:{naflex_teacher}')
+    run = run_script(f'{NAFLEX} {flags}', digits, tmp_path)
+    assert run.exit_code == 2 and sentence in run.error and run.error.count('\n') == 1, run.error
+    assert not run.folder.exists()
+
+
+def uneven_step(path: Path) -> None:
+    """Rank 0 takes five of eight rows, rank 1 three; rank 0 saves the weight after the step."""
+    torch.distributed.init_process_group('gloo')
+    rank = torch.distributed.get_rank()
+    input, target = rows()
+    own = slice(0, 5) if rank == 0 else slice(5, 8)
+    task = linear_task().prepare_distributed()
+    steps = StepSettings(CPU, prefetched=False, uneven_ranks=2)
+    weight = task.get_trainable_module().module.weight
+    train_one_epoch(task, [(input[own], target[own])], torch.optim.SGD([weight], lr=1.0), 0, steps, StepTotals(CPU))
+    if rank == 0:
+        torch.save(weight.detach(), path)
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 3, generator=generator), torch.randint(5, (8,), generator=generator)
+
+
+def linear_task() -> ClassificationTask:
+    torch.manual_seed(0)
+    return ClassificationTask(nn.Linear(3, 5, bias=False), nn.CrossEntropyLoss(), verbose=False)
+
+
+def test_each_image_of_uneven_ranks_weighs_the_same(tmp_path):
+    run_on_ranks(uneven_step, (tmp_path / 'weight',), tmp_path)
+    task = linear_task()
+    input, target = rows()
+    task(input, target)['loss'].backward()
+    expected = task.trainable_module.weight - task.trainable_module.weight.grad
+    torch.testing.assert_close(torch.load(tmp_path / 'weight'), expected.detach())
+
+
+def test_two_processes_train_on_half_of_the_images_each(digits, tmp_path):
+    argv = [str(digits), *BASE.split(), *NAFLEX.split(), '--output', str(tmp_path), '--experiment', 'run']
+    run_on_ranks(main, (argv,), tmp_path)
+    run = Run(tmp_path / 'run')
+    assert run.record['timing'][0]['images'] == 160
+    assert 1 < run.rows[0]['train_loss'] < 3
+
+
+@pytest.mark.soak
+@pytest.mark.skipif('TIMM_TRAIN' not in os.environ, reason='TIMM_TRAIN=path/to/train.py of timm is not set')
+@pytest.mark.parametrize('world_size', [1, 2])
+@pytest.mark.parametrize('flags', [
+    '',
+    '--mixup 0.4 --cutmix 0.5 --reprob 0.3 --aa rand-m9-mstd0.5 --naflex-loss-scale sqrt --grad-accum-steps 2',
+    '--model-kwargs embed_dim=32 depth=2 num_heads=2 enable_patch_interpolator=True --naflex-patch-sizes 8 16 '
+    '--naflex-patch-size-probs 1 3 --naflex-loss-scale none --seed 7 --clip-grad 1.0 --sched-on-updates',
+    '--naflex-patchify-channels-first --workers 2 --bce-loss --cutmix 1.0 --no-aug --model-ema --drop-path 0.1',
+])
+def test_losses_are_those_of_timms_own_script(flags, world_size, digits, tmp_path):
+    common = (f'{NAFLEX} --num-classes 10 --device cpu --workers 0 --batch-size 32 --epochs 2 --lr 0.05 '
+              f'--warmup-epochs 0 --output {tmp_path} {flags}')
+    launcher = ['-m', 'torch.distributed.run', f'--nproc-per-node={world_size}', '--master-port=0']
+    summaries = []
+    for name, script in (('timm', os.environ['TIMM_TRAIN']), ('ours', str(Path(__file__).parents[1] / 'train_kd.py'))):
+        words = [script, str(digits), *common.split(), '--experiment', name]
+        done = subprocess.run([sys.executable, *(launcher if world_size > 1 else []), *words],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        summaries.append([line.split(',') for line in (tmp_path / name / 'summary.csv').read_text().splitlines()[1:]])
+    timm_rows, our_rows = ([[float(value) for value in (row[1], row[-1])] for row in rows] for rows in summaries)
+    assert our_rows == [pytest.approx(row, rel=1e-12 if world_size == 1 else 1e-6) for row in timm_rows]
