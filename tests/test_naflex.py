@@ -105,6 +105,12 @@ def test_run_resumed_after_an_epoch_ends_as_if_it_had_not_stopped(digits, tmp_pa
     assert parts.rows == whole.rows
 
 
+def test_student_that_cannot_take_patches_is_refused(digits, tmp_path):
+    run = run_script('--naflex-loader', digits, tmp_path)
+    assert run.exit_code == 2 and '--model test_resnet fails on NaFlex patches of 16x16' in run.error, run.error
+    assert 'naflexvit' in run.error and not run.folder.exists()
+
+
 @pytest.fixture
 def naflex_teacher(tmp_path: Path) -> Path:
     torch.manual_seed(1)
