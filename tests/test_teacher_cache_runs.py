@@ -451,9 +451,11 @@ def test_a_fill_ends_with_the_room_on_its_disk(tmp_path, home, images, capsys):
     flags = arguments(home, images, 'ahead', *cache(tmp_path / 'cache'), '--no-teacher-eval')
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 40 * 20, limits[1]))  # what a full disk looks like to a writer
     try:
-        assert 'the disk is full' in refused_command(capsys, 'fill', *flags)
+        message = refused_command(capsys, 'fill', *flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f'--teacher-cache {tmp_path}/cache' in message and 'the disk is full' in message
+    assert 'store less with --teacher-cache-epochs or --teacher-cache-topk' in message
 
 
 def test_info_shows_teacher_rows_disk_and_key(filled, home, digits_teacher, capsys):

@@ -25,20 +25,18 @@ from .teacher_cache.folder import ARGS_FILE, epoch_files, epoch_path, read_preci
 
 _logger = logging.getLogger(__name__)
 
-# The only flags that `verify` takes from a cache's args.yaml. By the others, whoever wrote that file could run code,
-# write files or download: device_modules, dataset_trust_remote_code, dataset_download, the student's weights, output,
-# wandb and hub flags, and the keyword arguments of models (timm has `checkpoint_path` and `cache_dir` among them). A
-# cache that was filled with --teacher-kwargs or --model-kwargs needs them on the command line too; the refusal of its
-# key says so.
-_DECIDE_IMAGES = (
+# The only flags that `verify` takes from a cache's args.yaml: those that decide images and logits. By others, whoever
+# wrote that file could run code, write files or download: device_modules, dataset_trust_remote_code, dataset_download,
+# the student's weights, output, wandb and hub flags, and the keyword arguments of models (timm has `checkpoint_path`
+# and `cache_dir` among them). A cache that was filled with --teacher-kwargs or --model-kwargs needs them on the command
+# line too; the refusal of its key says so.
+_TRUSTED_FLAGS = (
     'data', 'data_dir', 'dataset', 'train_split', 'train_num_samples', 'class_map', 'input_key', 'target_key',
     'input_img_mode', 'epoch_repeats', 'seed', 'batch_size', 'no_prefetcher', 'model', 'num_classes', 'img_size',
     'in_chans', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'model_dtype', 'channels_last', 'no_aug',
     'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
     'gaussian_blur_prob', 'aa', 'train_interpolation', 'reprob', 'remode', 'recount', 'resplit', 'mixup', 'cutmix',
     'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'crops_per_image',
-)
-_DECIDE_LOGITS = (
     'teacher', 'kd_model_name', 'teacher_model', 'teacher_ema', 'teacher_img_size', 'teacher_dtype',
     'teacher_class_map', 'teacher_class_map_missing', 'amp', 'amp_dtype', 'teacher_cache_dtype', 'teacher_cache_topk',
 )
@@ -189,7 +187,7 @@ def _trusted_flags(folder: Path) -> dict[str, Any]:
         raise UsageError(f'{path} cannot be read ({shortened(error)}): give the flags after the folder.') from error
     if not isinstance(flags, dict):
         raise UsageError(f'{path} holds no flags: give the flags after the folder.')
-    flags = {name: value for name, value in flags.items() if name in _DECIDE_IMAGES + _DECIDE_LOGITS}
+    flags = {name: value for name, value in flags.items() if name in _TRUSTED_FLAGS}
     precision = read_precision(folder)
     if flags.get('teacher_dtype', 'auto') == 'auto' and precision:
         flags['teacher_dtype'] = precision  # on this machine `auto` may be another
