@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch.utils.data import DataLoader, DistributedSampler
 
-from timm_kd.errors import UsageError
+from timm_kd.errors import CommandError, UsageError
 from timm_kd.replay import make_replayable
 from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
@@ -699,7 +699,7 @@ def test_a_run_ends_with_the_room_on_its_disk_and_what_it_stored_is_whole(tmp_pa
     # A file size limit is what a full disk looks like to a writer.
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 20 * 4 * NUM_CLASSES, limits[1]))
     try:
-        with pytest.raises(UsageError, match='the disk is full'):
+        with pytest.raises(CommandError, match='the disk is full'):
             epoch_logits(loader, source, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -451,7 +451,7 @@ def test_a_fill_ends_with_the_room_on_its_disk(tmp_path, home, images, capsys):
     flags = arguments(home, images, 'ahead', *cache(tmp_path / 'cache'), '--no-teacher-eval')
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 40 * 20, limits[1]))  # what a full disk looks like to a writer
     try:
-        message = refused_command(capsys, 'fill', *flags)
+        message = refused_command(capsys, 'fill', *flags, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f'--teacher-cache {tmp_path}/cache' in message and 'the disk is full' in message

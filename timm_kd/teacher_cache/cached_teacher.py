@@ -78,7 +78,7 @@ class CachedTeacher(nn.Module):
 
         Raises:
             RuntimeError: The images are not those of the next batch, or their rows are absent and no teacher is there.
-            UsageError: The disk has no room for the rows.
+            CommandError: The disk has no room for the rows.
         """
         rows = self._next_rows()
         if len(rows) != len(images):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import CommandError, UsageError
 from ..files import NO_ROOM, open_regular
 
 _logger = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ _ROWS_AT_ONCE = 4096
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Raise a UsageError in place of an OSError."""
+    """Raise a UsageError in place of an OSError; a CommandError for a full disk, which no flag has caused."""
     try:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise UsageError(
+            raise CommandError(
                 f"teacher cache '{path}': the disk is full. What is stored so far is kept: make room and start again, "
                 'or store less with `num_epochs` or `topk`.'
             ) from error
@@ -70,8 +70,8 @@ class EpochFile:
         checksums: CRC-32 of the rows, `[N]` uint32, 0 where absent; live while the file is writable.
 
     Raises:
-        UsageError: The file has another size, so it was cut short or holds other rows; it cannot be opened, or there is
-            no room for its head.
+        UsageError: The file has another size, so it was cut short or holds other rows; or it cannot be opened.
+        CommandError: The disk has no room for the file's head.
     """
 
     def __init__(self, path: Path, num_rows: int, row_bytes: int, writable: bool) -> None:
@@ -119,7 +119,7 @@ class EpochFile:
         """Write rows `[B]`, `data` `[B, row_bytes]` uint8.
 
         Raises:
-            UsageError: There is no room for them.
+            CommandError: The disk has no room for them.
         """
         self._unsynced[0] = 1
         neighbours = np.flatnonzero(np.diff(rows) != 1) + 1
@@ -147,7 +147,7 @@ class EpochFile:
         """Bring the rows to the disk, and say so in the file.
 
         Raises:
-            UsageError: They did not fit after all.
+            CommandError: The disk has no room for them after all.
         """
         with explained(self.path), self._file:
             if self.writable and self._unsynced[0]:
