@@ -12,6 +12,8 @@ from timm.data.loader import MultiEpochsDataLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from timm_kd.cli.messages import in_flags
+from timm_kd.data import create_train_data
 from timm_kd.errors import UsageError
 from timm_kd.replay import BatchKey, ReplayMixup, make_replayable
 from timm_kd.replay.batches import ShuffledSampler
@@ -368,13 +370,16 @@ def test_seeds_are_the_same_on_every_machine_and_in_every_version():
     assert derive_seed(2 ** 62, -1) == 14473065819198696368
 
 
-def test_an_iterable_data_set_is_refused_by_the_flags_name():
+def test_an_iterable_data_set_is_refused():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter(())
 
-    with pytest.raises(UsageError, match=r'--replayable-data.*Stream is iterable'):
-        make_replayable(DataLoader(Stream()), seed=0)
+    with pytest.raises(UsageError) as refused:
+        create_train_data(
+            Stream(), replay_seed=0, batch_size=2, input_size=(3, 8, 8), use_prefetcher=False, num_workers=0)
+    assert in_flags(str(refused.value)).startswith(
+        '--replayable-data: replayable data needs samples with an index; Stream is iterable')
 
 
 @pytest.mark.parametrize('length, world_size', [(10, 1), (10, 3), (2, 5)])

@@ -222,7 +222,10 @@ def create_train_data(
             f'Several image sizes: batches of {", ".join(map(str, schedule.batch_sizes))} images, '
             f'{reference_batch_size:.2f} on average, {len(schedule)} batches an epoch.')
     if replay_seed is not None:
-        loader = make_replayable(loader, replay_seed, replay_epochs, crops_per_image)
+        try:
+            loader = make_replayable(loader, replay_seed, replay_epochs, crops_per_image)
+        except UsageError as error:
+            raise UsageError(f'`replay_seed`: {error}') from error
         if mixup_fn is not None:
             mixup_fn = ReplayMixup(mixup_fn, loader.batch_sampler)
     if not isinstance(dataset, IterableDataset) and len(loader) == 0:

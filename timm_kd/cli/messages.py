@@ -36,6 +36,8 @@ _FLAGS = {
     'num_classes': '--num-classes',
     'batch_size': '--batch-size',
     'num_aug_repeats': '--aug-repeats',
+    're_mode': '--remode',
+    'replay_seed': '--replayable-data',
     # of `setup_process` and of training
     'device': '--device',
     'device_modules': '--device-modules',

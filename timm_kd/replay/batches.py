@@ -63,7 +63,7 @@ class BatchKey(NamedTuple):
     epoch: int
     first: int  # position of row 0 in the epoch
     stride: int  # world size: positions from one row to the next
-    samples: list  # indices, or timm's (index, choice) pairs under --train-img-sizes
+    samples: list  # indices, or timm's (index, choice) pairs where batches have different image sizes
     mixup_enabled: bool
     num_crops: int = 1  # rows side by side that are crops of one image
 
@@ -163,7 +163,7 @@ class ReplayBatchSampler:
             Sample indices and positions of their rows on this rank, `[num_batches * B]` int64 each.
         """
         if isinstance(self.batches, ScheduledBatchSampler):
-            raise TypeError('The rows of a batch are not known ahead with --train-img-sizes.')
+            raise TypeError('The rows of a batch are not known ahead where batches have different image sizes.')
         if self._order is None:
             sampler = self.batches.sampler
             shuffled = isinstance(sampler, ShuffledSampler)

@@ -37,7 +37,7 @@ def make_replayable(
 
     Args:
         loader: A training loader (shuffling, or with timm's or torch's distributed sampler), not yet iterated.
-        seed: `--seed`, the same on every rank: which rank this is comes from the loader's sampler.
+        seed: The seed of the run, the same on every rank: which rank this is comes from the loader's sampler.
         num_epochs: Distinct epochs, after which the first comes again; None: all are distinct.
         num_crops: Crops M of each image, side by side in a batch: the image is decoded once for them, and so many
             epochs in a row share one shuffled order. The batch size must be a multiple of it.
@@ -53,8 +53,8 @@ def make_replayable(
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
     if isinstance(inner.dataset, IterableDataset):
         raise UsageError(
-            f'--replayable-data needs samples with an index; {type(inner.dataset).__name__} is iterable: '
-            'leave the flag out or use a folder, tar or Hub data set that is not streamed.'
+            f'replayable data needs samples with an index; {type(inner.dataset).__name__} is iterable: take a folder, '
+            'tar or Hub data set that is not streamed.'
         )
     replay = _replay_loader(inner, seed, num_epochs, num_crops)
     if not isinstance(loader, PrefetchLoader):

@@ -134,7 +134,7 @@ def _device_generator(erasing: RandomErasing) -> torch.Generator:
     device_module = torch.get_device_module(device)
     if not getattr(device_module, 'default_generators', None):
         raise UsageError(
-            f'--replayable-data cannot replay --remode {erasing.mode} on --device {device.type}: '
-            'use --remode const or --no-prefetcher.'
+            f'the pixels of random erasing (`re_mode` {erasing.mode}) cannot be replayed on {device.type}: use '
+            '`re_mode` const, or no prefetcher.'
         )
     return device_module.default_generators[device_module.current_device() if device.index is None else device.index]
