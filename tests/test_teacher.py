@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 
 import helpers
 import pytest
@@ -125,11 +126,6 @@ def test_either_kind_of_bfloat16_unit_is_enough(fast, monkeypatch):
     assert resolve_dtype('auto', torch.device('cpu')) == torch.bfloat16
 
 
-def test_unknown_precision_is_refused():
-    with pytest.raises(UsageError, match=r"`dtype` 'int8'"):
-        Teacher(build(), 7, dtype='int8')
-
-
 @pytest.mark.parametrize(('name', 'expected'), [
     ('test_resnet', True), ('test_convnext', True), ('test_efficientnet', True), ('test_vit', False),
 ])
@@ -165,44 +161,31 @@ def test_dictionary_with_logits_is_understood():
     assert Teacher(model, 7)(batch(8)).shape == (4, 7)
 
 
-@pytest.mark.parametrize('wrap', [lambda z: {'features': z}, lambda z: z[:, :, None], lambda z: (z, z[:, :1])])
-def test_answer_without_logits_is_refused_by_name(wrap):
-    with pytest.raises(UsageError, match="teacher 'Answers' .* returns no logits"):
-        Teacher(Answers(wrap), 7)(batch(8))
+def filled(parameter: str, value: float, model: nn.Module) -> nn.Module:
+    """Fill a parameter of a model."""
+    nn.init.constant_(model.get_parameter(parameter), value)
+    return model
 
 
-def test_nan_logits_on_the_first_batch_are_refused_by_name():
-    model = build()
-    nn.init.constant_(model.fc.bias, float('nan'))
-    with pytest.raises(UsageError, match="teacher 'ResNet' returns NaN or infinite logits on the first batch"):
-        Teacher(model, 7)(batch())
-
-
-def test_overflow_in_a_narrow_precision_names_the_way_out():
-    model = Answers(lambda z: z)
-    nn.init.constant_(model.head.weight, 3e4)
-    with pytest.raises(UsageError, match='`dtype` float32'):
-        Teacher(model, 7, dtype='float16')(torch.ones(2, 3, 8, 8))
+@pytest.mark.parametrize(('model', 'num_classes', 'dtype', 'said'), [
+    (build(), 7, 'int8', "`dtype` 'int8'"),
+    (build(), 10, 'auto', 'has 7 classes, the student 10'),
+    (Answers(lambda z: z), 10, 'auto', 'has 7 classes, the student 10'),  # it tells by its answers alone
+    (build(num_classes=0), 10, 'auto', 'no classifier'),
+    (Answers(lambda z: {'features': z}), 7, 'auto', "teacher 'Answers' .* returns no logits"),
+    (Answers(lambda z: z[:, :, None]), 7, 'auto', "teacher 'Answers' .* returns no logits"),
+    (Answers(lambda z: (z, z[:, :1])), 7, 'auto', "teacher 'Answers' .* returns no logits"),
+    (filled('fc.bias', math.nan, build()), 7, 'auto', "'ResNet' returns NaN or infinite logits on the first batch"),
+    (filled('head.weight', 3e4, Answers(lambda z: z)), 7, 'float16', '`dtype` float32'),  # the way out of an overflow
+])
+def test_model_that_cannot_teach_is_refused_at_the_first_batch_at_the_latest(model, num_classes, dtype, said):
+    with pytest.raises(UsageError, match=said):
+        Teacher(model, num_classes, dtype=dtype)(torch.ones(4, 3, 8, 8))
 
 
 def test_broken_images_are_not_blamed_on_the_teacher():
     with pytest.raises(UsageError, match='first batch of images'):
         Teacher(build(), 7)(torch.full((1, 3, 32, 32), float('nan')))
-
-
-def test_other_class_count_is_refused_with_both_numbers():
-    with pytest.raises(UsageError, match='has 7 classes, the student 10'):
-        Teacher(build(), 10)
-
-
-def test_other_class_count_of_a_plain_module_is_refused_at_the_first_batch():
-    with pytest.raises(UsageError, match='has 7 classes, the student 10'):
-        Teacher(Answers(lambda z: z), 10)(batch(8))
-
-
-def test_model_without_a_classifier_is_refused():
-    with pytest.raises(UsageError, match='no classifier'):
-        Teacher(build(num_classes=0), 10)
 
 
 def test_weights_hash_follows_the_weights_alone():

@@ -34,32 +34,27 @@ def adapter(in_chans=3, student=HALF, chans=3, teacher=IMAGENET, **kwargs) -> In
 build = functools.partial(helpers.build, num_classes=5)
 
 
-def test_images_arrive_as_the_teachers_own_loader_would_give_them():
-    seen = adapter()(normalised(picture(), **HALF))
-    torch.testing.assert_close(seen, normalised(picture(), **IMAGENET), rtol=1e-5, atol=1e-6)
+AVERAGE = {key: (sum(values) / 3,) for key, values in IMAGENET.items()}
 
 
-def test_equal_normalisation_costs_nothing():
+@pytest.mark.parametrize(('chans', 'norm', 'known'), [
+    (3, HALF, HALF),
+    (1, {'mean': (0.3,), 'std': (0.2,)}, {'mean': (0.3,), 'std': (0.2,)}),
+    (1, AVERAGE, IMAGENET),  # three values for grey images, which timm's loader averages
+    (1, AVERAGE, {'mean': None, 'std': None}),
+], ids=['colour', 'grey', 'grey, three values', 'grey, unknown'])
+def test_images_arrive_as_the_teachers_own_loader_would_give_them(chans, norm, known):
+    seen = adapter(in_chans=chans, student=known)(normalised(picture(chans), **norm))
+    expected = normalised(picture(chans).expand(-1, 3, -1, -1), **IMAGENET)
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('known', [
+    IMAGENET, {'mean': None, 'std': None}, {**HALF, 'mean': None}, {**HALF, 'std': None},
+], ids=['the same', 'none', 'no mean', 'no std'])
+def test_images_that_are_or_are_taken_for_normalised_as_the_teachers_cost_nothing(known):
     images = picture()
-    assert adapter(student=IMAGENET)(images) is images
-
-
-def test_without_a_normalisation_the_images_are_taken_as_the_teachers():
-    images = picture()
-    assert adapter(student={'mean': None, 'std': None})(images) is images
-
-
-def test_grey_image_is_shown_as_three_equal_channels():
-    grey = picture(chans=1)
-    seen = adapter(in_chans=1, student={'mean': (0.3,), 'std': (0.2,)})(normalised(grey, (0.3,), (0.2,)))
-    torch.testing.assert_close(seen, normalised(grey.expand(-1, 3, -1, -1), **IMAGENET), rtol=1e-5, atol=1e-6)
-
-
-def test_three_values_of_a_grey_data_config_are_averaged_as_timms_loader_does():
-    grey = picture(chans=1)
-    mean, std = sum(IMAGENET['mean']) / 3, sum(IMAGENET['std']) / 3
-    seen = adapter(in_chans=1, student=IMAGENET)(normalised(grey, (mean,), (std,)))
-    torch.testing.assert_close(seen, normalised(grey.expand(-1, 3, -1, -1), **IMAGENET), rtol=1e-5, atol=1e-6)
+    assert adapter(student=known)(images) is images
 
 
 def test_colour_image_is_turned_grey_as_pillow_does_it():
@@ -111,19 +106,6 @@ def test_asked_for_size_is_given():
 def test_size_that_a_built_model_cannot_take_is_refused():
     with pytest.raises(UsageError, match='`img_size` 64.*160x160'):
         Teacher(build('test_vit', dynamic_img_size=False), 5, img_size=64)
-
-
-def test_grey_images_without_a_normalisation_are_taken_for_the_teachers_average():
-    unknown = {'mean': None, 'std': None}
-    average = {key: (sum(values) / 3,) for key, values in IMAGENET.items()}
-    seen = adapter(in_chans=1, student=unknown)(normalised(picture(1), **average))
-    torch.testing.assert_close(seen, normalised(picture(1).expand(-1, 3, -1, -1), **IMAGENET), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize('known', ['mean', 'std'])
-def test_images_of_half_a_normalisation_are_taken_for_the_teachers(known):
-    images = normalised(picture(), **IMAGENET)
-    assert torch.equal(adapter(student={'mean': None, 'std': None, known: HALF[known]})(images), images)
 
 
 def test_fixed_size_model_is_built_for_the_asked_size(tmp_path):
