@@ -17,6 +17,7 @@ import torch
 
 from timm_kd.cli.messages import in_flags
 from timm_kd.errors import UsageError
+from timm_kd.run.log import setup_logging
 from timm_kd.teacher import Teacher, create_teacher
 from timm_kd.teacher.spec import locate, warn_of_bce
 
@@ -331,3 +332,11 @@ def test_list_of_one_is_a_teacher_of_its_own(folder):
 ])
 def test_script_speaks_flags_where_the_library_speaks_arguments(said, in_the_script):
     assert in_flags(said) == in_the_script
+
+
+def test_the_console_speaks_flags_in_warnings_too(capsys, monkeypatch):
+    monkeypatch.setattr(logging.root, 'handlers', [])
+    monkeypatch.setattr(logging.root, 'level', logging.root.level)
+    setup_logging(in_flags)
+    logging.getLogger('timm_kd.data').warning('%s has 10 classes, the model 12 (`num_classes` 10?).', '`train_split` a')
+    assert capsys.readouterr().err.endswith('--train-split a has 10 classes, the model 12 (--num-classes 10?).\n')

@@ -288,6 +288,6 @@ def evaluate_teacher(
             f'Teacher {member.describe()}: top-1 {top1:.2f} %, top-5 {result["top5"]:.2f} % on the validation set')
         if top1 <= chance:
             _logger.warning(
-                f'--teacher {member.source} is no better than chance (top-1 {top1:.2f} %, chance {chance:.2f} %): its '
-                'classes are usually in another order than the data set has them (--class-map, --teacher-class-map).')
+                f"teacher '{member.source}' is no better than chance (top-1 {top1:.2f} %, chance {chance:.2f} %): its "
+                'classes are usually in another order than the data set has them (`class_map` says in which).')
     return metrics, evaluator.predictions()

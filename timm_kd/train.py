@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With an `ExitCode`, where the run did not come to its end.
     """
     argv = sys.argv[1:] if argv is None else argv
-    setup_logging()
+    setup_logging(in_flags)
     with ending('train-kd', speak=in_flags), FolderLock() as lock:
         args, args_text = parse_args(argv)
         run(args, args_text, argv, lock)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         args.resume, output_dir, process, replayable=args.replayable_data, start_epoch=args.start_epoch)
     if start.path is not None and args.sched == 'plateau':
         _logger.warning('--sched plateau: timm saves no state of it, so this is no exact continuation.')
-    teacher = open_teacher(setup, range(start.epoch, count_epochs(setup)))
+    teacher = open_teacher(setup, range(start.epoch, count_epochs(setup)) if args.teacher_cache else ())
     task = create_task(setup, teacher)
     optimizer = create_optimizer(setup, task)
     if start.path is not None:

@@ -20,10 +20,20 @@ from ..meters import StepTotals
 _logger = logging.getLogger('train')
 
 
-def setup_logging() -> None:
-    """Log to the console as timm's script does; other processes than the primary report errors alone."""
+def setup_logging(speak: Callable[[str], str] = str) -> None:
+    """Log to the console as timm's script does; other processes than the primary report errors alone.
+
+    Args:
+        speak: Puts a message into the words of the command line.
+    """
     if not logging.root.handlers:
         setup_default_logging()
+
+        def in_its_words(record: logging.LogRecord) -> bool:
+            record.msg, record.args = speak(record.getMessage()), ()
+            return True
+
+        logging.root.handlers[0].addFilter(in_its_words)
     logging.root.setLevel(logging.ERROR if int(os.environ.get('RANK', 0)) else logging.INFO)
 
 

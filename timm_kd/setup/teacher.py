@@ -41,7 +41,7 @@ def open_teacher(
 
     Args:
         setup: The set-up, with a replayable training loader where logits are stored.
-        epochs: The epochs that the run will read.
+        epochs: The epochs whose stored logits the run will read.
         live: Load the live teacher in any case, to compare with what is stored, and throw nothing away.
 
     Raises:

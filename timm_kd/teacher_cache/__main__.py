@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With an `ExitCode`; `FAILED` where `verify` finds rows that differ.
     """
     options, further = _parser().parse_known_args(argv)
-    setup_logging()
+    setup_logging(in_flags)
     logging.captureWarnings(True)
     with ending('timm_kd.teacher_cache', 'interrupted; what is stored stays, the same command goes on.', in_flags):
         if options.command == 'fill':
