@@ -9,8 +9,9 @@ from timm.models import resume_checkpoint
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
+from timm_kd.errors import CommandError
 from timm_kd.process import Process
-from timm_kd.run.checkpoint import AtomicSaver, CheckpointWriteError, find_recoveries
+from timm_kd.run.checkpoint import AtomicSaver, find_recoveries
 from timm_kd.run.resume import (
     ema_random_state,
     find_resume_point,
@@ -54,7 +55,7 @@ def test_failed_write_is_an_error_and_leaves_the_last_checkpoint(tmp_path, monke
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', full_disk)
-    with pytest.raises(CheckpointWriteError, match='epoch 1.*No space left.*untouched'):
+    with pytest.raises(CommandError, match='epoch 1.*No space left.*untouched'):
         saver.save_checkpoint(1, 2.0)
     monkeypatch.undo()
     assert torch.load(tmp_path / 'last.pth.tar')['epoch'] == 0
@@ -103,7 +104,7 @@ def test_random_stream_of_an_ema_on_another_kind_of_device_is_left_out_with_a_wa
 def test_full_device_is_an_error_that_says_how_to_go_on(tmp_path):
     saver = make_saver(tmp_path)
     (tmp_path / 'tmp.pth.tar').symlink_to('/dev/full')
-    with pytest.raises(CheckpointWriteError, match='--resume auto'):
+    with pytest.raises(CommandError, match='--resume auto'):
         saver.save_checkpoint(0, 1.0)
 
 

@@ -14,10 +14,6 @@ _RECOVERY_FILE = re.compile(r'recovery-(\d+)-(\d+)\.pth\.tar')
 _DEVICE_ERRORS = torch.OutOfMemoryError, getattr(torch, 'AcceleratorError', torch.OutOfMemoryError)  # torch 2.8
 
 
-class CheckpointWriteError(CommandError):
-    """A checkpoint could not be written; the last good one is untouched."""
-
-
 def _flush(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -67,7 +63,7 @@ class AtomicSaver(CheckpointSaver):
             # torch reports a full disk as a RuntimeError, of which the errors of a device are others.
             if not isinstance(error, OSError | RuntimeError) or isinstance(error, _DEVICE_ERRORS):
                 raise
-            raise CheckpointWriteError(
+            raise CommandError(
                 f'could not write the checkpoint of epoch {epoch} to {self.checkpoint_dir} ({shortened(error)}); '
                 'the last good one is untouched: free some space and continue with --resume auto.'
             ) from error
