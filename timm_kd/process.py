@@ -119,7 +119,7 @@ def setup_process(device: str, device_modules: list[str] | None = None) -> Proce
         device = torch.device(found['device'])
         torch.zeros(1, device=device).item()  # shows whether this torch has the device, and can compute on it
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'`device` {device}: {shortened(error)}') from error
+        raise UsageError(f'`device` {device}: {shortened(error).rstrip(".")}.') from error
     rank, world_size = found['global_rank'], found['world_size']
     group = None
     if found['distributed']:
