@@ -4,14 +4,15 @@
 The loaders are the script's under a recipe, with one worker each, on JPEGs that the benchmark makes (500 x 375 pixels,
 about 100 kB, with the spectrum and the edges of a photograph). They run in turn, in rounds of an epoch each. A ratio is
 the median of the ratios of the rounds, with the middle half of them beside it. `worker` is the processor time that the
-loader's worker took, which other work on the machine disturbs less. Then, apart: what the replayable loader itself does
-for a sample. The output is markdown. Run it on an idle machine.
+loader's worker took, which other work on the machine disturbs less. Then, apart: what a seed of its
+own costs a sample. The output is markdown. Run it on an idle machine.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py [--rounds 20] [--crops 2 4] [--recipes resnet18_baseline]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py [--rounds 30] [--crops 2 4] [--recipes resnet18_baseline]
 """
 import argparse
 import os
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -20,13 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
 from torch.utils.data import DataLoader
 
 from timm_kd.cli import parse_args
-from timm_kd.data import create_train_data
 from timm_kd.process import setup_process
-from timm_kd.setup.data import train_data_kwargs
+from timm_kd.replay.draws import SAMPLE, derive_seed, seed_generators
+from timm_kd.setup.data import create_data
 
 # Of images a second against timm's loader, at least.
 BARS = {
@@ -43,9 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--recipes', nargs='+', default=['resnet18_baseline', 'swin_tiny_baseline'], metavar='NAME')
     parser.add_argument('--crops', nargs='+', type=int, default=[2, 4], metavar='M')
-    parser.add_argument('--images', type=int, default=512, metavar='N')
+    parser.add_argument('--images', type=int, default=256, metavar='N')
     parser.add_argument('--batch-size', type=int, default=64, metavar='N')
-    parser.add_argument('--rounds', type=int, default=20, metavar='N')
+    parser.add_argument('--rounds', type=int, default=30, metavar='N')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         num_bytes = write_images(Path(home), args.images)
@@ -54,6 +54,7 @@ def main() -> None:
             f'worker, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {args.rounds} rounds')
         for recipe in args.recipes:
             measure(args, home, recipe)
+            measure_draws(args, home, recipe)
 
 
 def write_images(root: Path, count: int) -> int:
@@ -64,23 +65,22 @@ def write_images(root: Path, count: int) -> int:
     """
     folder = root / 'train' / 'class'
     folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
     frequency[0, 0] = 1
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     for index in range(count):
-        spectrum = random.standard_normal((3, *frequency.shape)) + 1j * random.standard_normal((3, *frequency.shape))
-        textures = np.fft.irfft2(spectrum / frequency, (HEIGHT, WIDTH))
+        real, imaginary = generator.standard_normal((2, 3, *frequency.shape))
+        textures = np.fft.irfft2((real + 1j * imaginary) / frequency, (HEIGHT, WIDTH))
         textures /= textures.std(axis=(1, 2), keepdims=True)
-        picture = random.uniform(40, 215, 3) + 25 * textures[0][..., None]
-        for radius in sorted((random.pareto(2, 400) * 8 + 6).clip(max=150), reverse=True):
-            center_x, center_y = random.uniform(0, WIDTH), random.uniform(0, HEIGHT)
+        picture = generator.uniform(40, 215, 3) + 25 * textures[0][..., None]
+        for radius in sorted((generator.pareto(2, 400) * 8 + 6).clip(max=150), reverse=True):
+            center_x, center_y = generator.uniform(0, WIDTH), generator.uniform(0, HEIGHT)
             rows = slice(max(0, int(center_y - radius)), int(center_y + radius) + 1)
             columns = slice(max(0, int(center_x - radius)), int(center_x + radius) + 1)
             disc = (x[rows, columns] - center_x) ** 2 + (y[rows, columns] - center_y) ** 2 < radius ** 2
-            texture = textures[random.integers(3)][rows, columns][disc]
-            picture[rows, columns][disc] = \
-                random.uniform(20, 235, 3) + random.uniform(4, 25) * texture[:, None]
+            texture = textures[generator.integers(3)][rows, columns][disc]
+            picture[rows, columns][disc] = generator.uniform(20, 235, 3) + generator.uniform(4, 25) * texture[:, None]
         path = folder / f'{index:05d}.jpg'
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
     return sum(path.stat().st_size for path in folder.iterdir())
@@ -110,17 +110,34 @@ def measure(args: argparse.Namespace, home: str, recipe: str) -> None:
             f'{1e3 * worker / num_images:.2f} | {statistics.median(workers):.3f} | {BARS.get((recipe, name), "")} |')
 
 
+def measure_draws(args: argparse.Namespace, home: str, recipe: str) -> None:
+    """Time what a sample costs more than in timm's loader: its seed, and the first draws of three streams."""
+    loader = create(args, home, recipe, crops=1).loader
+    dataset, seed = loader.dataset.dataset, loader.batch_sampler.seed
+    seeding, loading = [], []
+    for epoch in range(args.rounds):
+        for index in range(len(dataset)):
+            start = time.perf_counter()
+            seed_generators(derive_seed(seed, SAMPLE, epoch, index, 0))
+            random.random(), np.random.random(), torch.rand(1)  # a seeded stream makes 624 numbers at its first draw
+            seeded = time.perf_counter()
+            dataset[index]
+            seeding.append(seeded - start)
+            loading.append(time.perf_counter() - seeded)
+    seconds, share = statistics.median(seeding), statistics.median(seeding) / statistics.median(loading)
+    print(f'\nA seed of its own costs a sample {1e6 * seconds:.0f} microseconds, {100 * share:.1f} % (at most 2 %).')
+
+
 def create(args: argparse.Namespace, home: str, recipe: str, crops: int | None = None) -> DataLoader:
     """Return the training loader of a recipe: timm's, or the replayable one with so many crops of each image."""
-    flags = [home, '-c', recipe, '-b', str(args.batch_size), '-j', '1', '--device', 'cpu']
+    flags = [home, '-c', recipe, '-b', str(args.batch_size), '-j', '1', '--device', 'cpu', '--val-split', '']
     flags += ['--replayable-data', '--crops-per-image', str(crops)] if crops else []
     settings, _ = parse_args(flags)
     data_config = dict(
         input_size=tuple(settings.input_size), mean=tuple(settings.mean), std=tuple(settings.std),
         interpolation=settings.interpolation, crop_pct=settings.crop_pct,
     )
-    dataset = create_dataset('', root=home, split='train')
-    return create_train_data(dataset, **train_data_kwargs(settings, data_config, setup_process('cpu'), None)).loader
+    return create_data(settings, data_config, setup_process('cpu'), None)[0].loader
 
 
 def read(loader: DataLoader, epoch: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, which no machine of CI has: its small mode, on the CPU, from its first line to its last."""
+"""Benchmarks in small, from first line to last: that for a GPU, which no machine of CI has, and the loader's."""
 import re
 import subprocess
 import sys
@@ -55,3 +55,17 @@ def test_digits_run_fills_resumes_and_reads(report):
     text = section(report, 'A run on the digits')
     assert re.findall(r'^\| (\w+) \| 2 \|', text, re.M) == ['teacher', 'filled', 'read']
     assert len(re.findall(r'^- .*: holds$', text, re.M)) == 3
+
+
+def test_loader_is_measured_beside_timms_for_each_recipe_and_number_of_crops():
+    words = [sys.executable, str(ROOT / 'benchmarks/loader.py'), '--images', '8', '--batch-size', '8', '--rounds', '3']
+    done = subprocess.run([*words, '--crops', '4'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kilobytes = int(re.search(r'^8 images of (\d+) kB', done.stdout)[1])
+    assert 90 <= kilobytes <= 110
+    number = r'\d+\.?\d*'
+    for recipe in ('resnet18_baseline', 'swin_tiny_baseline'):
+        assert re.search(rf'^\| {recipe} \|', done.stdout, re.M)
+    for name in ('timm', '1 crop an image', '4 crops an image'):
+        row = rf'^\| {name} \| {number} \| {number} \| {number} to {number} \| {number} \| {number} \|'
+        assert len(re.findall(row, done.stdout, re.M)) == 2
