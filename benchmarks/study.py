@@ -52,9 +52,10 @@ def main() -> None:
     words = sys.argv[1:]
     end = words.index('--') if '--' in words else len(words)
     study = Study(parser.parse_args(words[:end]), words[end + 1:])
-    study.train('cross-entropy', [], study.seeds)
-    for loss in study.options.losses:
-        study.train(loss, ['--kd-loss', loss], study.seeds)
+    for seed in study.seeds:  # a study that is stopped has compared all losses on the seeds so far
+        study.train('cross-entropy', [], [seed])
+        for loss in study.options.losses:
+            study.train(loss, ['--kd-loss', loss], [seed])
     study.wait()
     if not study.options.no_grid:
         grids = {loss: dict(study.grid(loss)) for loss in study.options.losses}
