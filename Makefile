@@ -14,7 +14,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --dist loadfile
 
-# Random kills, every precision, the oldest huggingface_hub: too long for CI.
+# Random kills, every precision, the oldest huggingface_hub: too long for CI. With TIMM_TRAIN=path/to/train.py, of a
+# checkout of timm, also random flag sets beside timm's own script.
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m soak
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import STILL, build, digits_batch, run_script
+from helpers import STILL, Run, build, digits_batch, run_on_ranks, run_script
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, AugMixDataset, create_dataset, create_loader
 from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy
 from timm.models import save_for_hf
@@ -19,6 +19,7 @@ from timm_kd import Teacher
 from timm_kd.cli import parse_args, resolve_kd
 from timm_kd.hub import push_run
 from timm_kd.task import TaskTeacher
+from timm_kd.train import main
 
 DEIT = dict(model_name='deit_tiny_distilled_patch16_224', depth=2, embed_dim=32, num_heads=2, img_size=32)
 DEIT_FLAGS = '--model deit_tiny_distilled_patch16_224 --model-kwargs depth=2 embed_dim=32 num_heads=2'
@@ -257,3 +258,20 @@ def test_token_has_the_defaults_of_timms_script():
     kd = resolve_kd(parse_args(['/', '--kd-model-name', 'x', '--kd-distill-type', 'token'])[0])
     assert kd.loss_parameters == {'distill_type': 'soft', 'temperature': 4.0}
     assert (kd.task_loss_weight, kd.distill_loss_weight, kd.warmup_epochs) == (1.0, 1.0, 0)
+
+
+def test_two_processes_train_the_projection_as_one_does(digits, vit_teacher, tmp_path):
+    def argv(name: str, batch_size: int) -> list[str]:
+        flags = (f'{FEATURE} --model test_vit --img-size 32 --num-classes 10 --device cpu --workers 0 --epochs 2 '
+                 '--opt sgd --lr 0.05 --warmup-epochs 0 --replayable-data --model-ema --model-ema-decay 0.9')
+        return [str(digits), *flags.split(), '--teacher', str(vit_teacher), '--teacher-dtype', 'float32', '--output',
+                str(tmp_path), '--experiment', name, '--batch-size', str(batch_size)]
+
+    run_on_ranks(main, (argv('two', 16),), tmp_path / 'ranks')
+    run_on_ranks(main, (argv('one', 32),), tmp_path / 'alone', world_size=1)
+    two, one = (Run(tmp_path / name) for name in ('two', 'one'))
+    for name in ('train_loss', 'train_kd_loss', 'eval_loss'):
+        assert two.rows[-1][name] == pytest.approx(one.rows[-1][name], rel=1e-4), name
+    for part in ('task_state', 'task_state_ema'):
+        projections = [flatten(run.checkpoint()[part])['projection.weight'] for run in (two, one)]
+        torch.testing.assert_close(*projections, rtol=1e-3, atol=1e-5)
