@@ -25,8 +25,12 @@ pytestmark = [
     pytest.mark.skipif('TIMM_TRAIN' not in os.environ, reason="TIMM_TRAIN does not name timm's train.py"),
 ]
 
-PLAIN, DISTILLED = 24, 12  # flag sets without a teacher, and with one
-DEIT = '--model deit_tiny_distilled_patch16_224 --model-kwargs depth=2 embed_dim=32 num_heads=2 img_size=32'
+PLAIN, NAFLEX, DISTILLED = 24, 6, 12  # flag sets
+DEIT = 'deit_tiny_distilled_patch16_224 --model-kwargs depth=2 embed_dim=32 num_heads=2 img_size=32'
+NAFLEX_VIT = (
+    'naflexvit_base_patch16_gap --model-kwargs embed_dim=32 depth=2 num_heads=2 patch_size=8 img_size=32 '
+    '--naflex-loader --naflex-max-seq-len 16'
+)
 
 
 class Draw(random.Random):
@@ -36,26 +40,32 @@ class Draw(random.Random):
         return self.choice(choices) if self.random() < share else ''
 
 
-def draw_flags(number: int, teacher: bool = False) -> str:
-    """Return the flags of a run that timm's script can do, from all its rooms."""
+def draw_flags(number: int, kind: str = 'plain') -> str:
+    """Return flags of a run that timm's script can do, from all its rooms; `kind` may be one that distils."""
     draw = Draw(number)
     model = draw.choice(['test_resnet', 'test_vit', 'test_efficientnet', 'test_convnext', 'test_vit2', 'test_byobnet'])
-    fixed_size, batch_norm = 'vit' in model, model in ('test_resnet', 'test_efficientnet', 'test_byobnet')
-    splits = draw.random() < (0.4 if teacher else 0.2)
-    sizes = not fixed_size and not splits and draw.random() < 0.2
+    model = {'naflex': NAFLEX_VIT, 'token': DEIT}.get(kind, model)
+    naflex, teacher = kind == 'naflex', kind not in ('plain', 'naflex')
+    fixed_size, batch_norm = 'vit' in model or kind == 'token', model in ('test_resnet', 'test_efficientnet')
+    splits = not naflex and draw.random() < (0.4 if teacher else 0.2)
+    sizes = not (fixed_size or splits or teacher) and draw.random() < 0.2
     mixes = not splits and draw.random() < 0.5
     second_order = not teacher and draw.random() < 0.06
     workers = draw.choice([0, 0, 2])
     flags = [
-        # The public script builds the model for its default size, which a fixed size must be told of.
-        f'--model {model} {"--model-kwargs img_size=32 " if fixed_size else ""}--seed {draw.randrange(1000)} '
-        f'--workers {workers} --epochs {draw.choice([2, 3])}',
+        # The public script builds the model for its default size: where this is fixed, the model has to be told.
+        f'--model {model} {"--model-kwargs img_size=32" if model in ("test_vit", "test_vit2") else ""}',
+        draw.choice([
+            '--naflex-train-seq-lens 4 9 16', '--naflex-train-seq-lens 9 25 --naflex-loss-scale sqrt',
+            '--naflex-train-seq-lens 4 16 --naflex-loss-scale none --naflex-patchify-channels-first',
+        ]) if naflex else '',
+        f'--seed {draw.randrange(1000)} --workers {workers} --epochs {draw.choice([2, 3])}',
         draw.maybe(0.2, '--drop-path 0.2', '--drop-path 0.1') if model != 'test_byobnet' else '',
         draw.maybe(0.2, '--drop 0.1'),
         draw.maybe(0.15, '--grad-checkpointing') if not second_order else '',
         draw.maybe(0.15, '--head-init-scale 0.5', '--head-init-bias -2.3'),
-        draw.maybe(0.3, '--bn-momentum 0.2', '--bn-eps 1e-4') if model in ('test_resnet', 'test_efficientnet') else '',
-        draw.maybe(0.25, '--channels-last') if not second_order else '',
+        draw.maybe(0.3, '--bn-momentum 0.2', '--bn-eps 1e-4') if batch_norm else '',
+        draw.maybe(0.25, '--channels-last') if not (second_order or naflex) else '',
         draw.maybe(0.25, '--amp --amp-dtype bfloat16', '--model-dtype bfloat16') if not second_order else '',
         # images
         draw.maybe(0.15, '--no-aug') if not splits else '',
@@ -68,7 +78,7 @@ def draw_flags(number: int, teacher: bool = False) -> str:
         draw.maybe(0.2, '--train-interpolation bilinear', "--train-interpolation ''"),
         draw.maybe(0.2, '--crop-pct 0.8', '--interpolation bilinear'),
         draw.maybe(0.1, '--worker-seeding part'),
-        draw.maybe(0.3, '--use-multi-epochs-loader') if workers and not sizes else '',
+        draw.maybe(0.3, '--use-multi-epochs-loader') if workers and not (sizes or naflex) else '',
         # batches
         draw.choice(['--batch-size 32', '--batch-size 24', '-b 32 -vb 20']) if not sizes else '',
         draw.choice([
@@ -83,10 +93,11 @@ def draw_flags(number: int, teacher: bool = False) -> str:
         draw.choice(['--aug-splits 2', '--aug-splits 3']) + draw.choice(['', ' --jsd-loss', ' --jsd-loss'])
         + draw.maybe(0.4, ' --resplit') + (draw.maybe(0.3, ' --split-bn') if batch_norm else '') if splits else '',
         # targets
-        draw.choice(['--mixup 0.8', '--cutmix 1.0', '--mixup 0.4 --cutmix 1.0', '--cutmix-minmax 0.2 0.8'])
+        draw.choice(['--mixup 0.8', '--cutmix 1.0', '--mixup 0.4 --cutmix 1.0',
+                     '--cutmix 0.5' if naflex else '--cutmix-minmax 0.2 0.8'])
         + draw.choice(['', ' --mixup-mode pair', ' --mixup-mode elem', ' --mixup-prob 0.6 --mixup-switch-prob 0.3'])
         + draw.maybe(0.3, ' --mixup-off-epoch 1') if mixes else '',
-        draw.maybe(0.2, '--no-prefetcher') if not splits else '',
+        draw.maybe(0.2, '--no-prefetcher') if not (splits or naflex) else '',
         draw.choice(['--bce-loss', '--bce-loss --bce-sum', '--bce-loss --bce-target-thresh 0.2',
                      '--bce-loss --bce-pos-weight 2']) if not splits and draw.random() < 0.3 else '',
         draw.maybe(0.3, '--smoothing 0', '--smoothing 0.2'),
@@ -118,21 +129,15 @@ def draw_flags(number: int, teacher: bool = False) -> str:
 
 def draw_distillation(number: int) -> str:
     """Return flags of a run that learns from `{teacher}`, in turn by features, by a token and by logits."""
-    draw, kind = Draw(number), ('feature', 'token', 'logit')[number % 3]
-    weights = draw.maybe(0.4, '--task-loss-weight 0.4', '--distill-loss-weight 2', '--task-loss-weight 0.5 '
-                         '--distill-loss-weight 0.5')
+    kind, draw = ('feature', 'token', 'logit')[number % 3], Draw(number)
+    weights = draw.maybe(
+        0.4, '--task-loss-weight 0.4', '--distill-loss-weight 2', '--task-loss-weight 0.5 --distill-loss-weight 0.5')
     own = {
         'feature': '',
         'token': draw.maybe(0.6, '--kd-token-distill-type hard', '--kd-temperature 2'),
         'logit': draw.maybe(0.5, '--kd-temperature 2'),
     }[kind]
-    flags = draw_flags(number, teacher=True)
-    if kind == 'token':
-        flags = f'{DEIT} {flags.partition(" ")[2].partition(" ")[2]}'
-        for not_for_it in (' --train-img-sizes', ' --bn-', ' --split-bn'):
-            if not_for_it in flags:
-                return draw_distillation(number + 3000)
-    return f'{flags} --kd-model-name local-dir:{{teacher}} --kd-distill-type {kind} {own} {weights}'
+    return f'{draw_flags(number, kind)} --kd-model-name local-dir:{{teacher}} --kd-distill-type {kind} {own} {weights}'
 
 
 def run_both(script: str, argv: list[str]) -> None:
@@ -171,11 +176,12 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize('flags', [
     *(pytest.param(draw_flags(number), id=f'plain-{number}') for number in range(PLAIN)),
+    *(pytest.param(draw_flags(number, 'naflex'), id=f'naflex-{number}') for number in range(NAFLEX)),
     *(pytest.param(draw_distillation(number), id=f'distilled-{number}') for number in range(DISTILLED)),
 ])
 def test_losses_and_rates_are_those_of_timms_script(flags, digits, teachers, tmp_path):
     flags = flags.format(teacher=teachers['deit' if 'deit' in flags else 'test'])
-    size = '' if '-size 3' in flags or '--img-size' in flags else '--img-size 32'
+    size = '' if '--input-size' in flags or '--img-size' in flags else '--img-size 32'
     argv = shlex.split(f'{digits} --num-classes 10 --device cpu --output {tmp_path} {size} {flags}')
     run = Process(run_both, (os.environ['TIMM_TRAIN'], argv), tmp_path / 'printed', dict(OMP_NUM_THREADS='1'))
     assert run.wait(300) == 0, f'{flags}\n{run.stderr[-3000:]}'

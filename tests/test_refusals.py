@@ -173,6 +173,7 @@ REFUSED = [
     ('--kd-distill-type token --teacher x --teacher-class-map imagenet21k --teacher-class-map-missing mask',
      '--teacher-class-map-missing mask', '--kd-distill-type token'),
     ('--kd-distill-type feature --teacher x --teacher y', '--teacher x --teacher y', 'one teacher'),
+    ('--kd-distill-type token --teacher x --naflex-loader', '--naflex-loader', '--kd-distill-type token'),
     ('--kd-distill-type feature --teacher x --torchscript', '--torchscript', '--kd-distill-type feature'),
     ('--kd-distill-type feature --teacher x --task-loss-weight 2', '--task-loss-weight 2.0', '--distill-loss-weight'),
     ('--kd-distill-type token --teacher x --num-classes 1', '--num-classes 1: --kd-distill-type token'),

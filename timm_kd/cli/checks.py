@@ -393,6 +393,8 @@ def _timm_distillation(args: argparse.Namespace, settings: KDSettings) -> Iterat
     if args.teacher_cache:
         yield (f'{as_given("teacher_cache", args.teacher_cache)}: is for logits by --kd-loss, and {chosen} asks the '
                'live teacher; leave out one of the two.')
+    if args.naflex_loader:
+        yield f'--naflex-loader: {chosen} takes images, not patches; leave out one of the two.'
     if args.torchscript:
         yield f'--torchscript: {chosen} has to look into the student, which a script hides; leave it out.'
     if settings.loss == 'feature' and args.teacher_class_map:
