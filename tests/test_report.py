@@ -91,6 +91,21 @@ def test_another_metric_sorts_by_it_and_a_loss_upwards(study):
     assert tops == sorted(tops, reverse=True)
 
 
+def test_flag_that_some_runs_do_not_know_tells_them_from_no_other(study):
+    """As after an update between two seeds, or beside a run of timm's script."""
+    def sizes() -> dict[str, int]:
+        return {label: len(row.group.runs) for label, row in rows_of(study).items()}
+
+    write_run(study / 'newer', [50.0, 63.0], seed=3, poly_gamma=2.0, teacher_dtype='auto')
+    write_run(study / 'timm', [50.0, 63.0], seed=4)
+    flags = yaml.safe_load((study / 'timm' / 'args.yaml').read_text())
+    del flags['kd_loss'], flags['teacher']
+    (study / 'timm' / 'args.yaml').write_text(yaml.safe_dump(flags))
+    assert sizes() == {'kd_loss=nkd lr=0.1': 2, 'lr=0.1': 5, 'lr=0.5': 1}
+    write_run(study / 'other-gamma', [50.0, 63.0], poly_gamma=3.0)
+    assert sum('poly_gamma' in label for label in sizes()) == 2
+
+
 def test_data_sets_of_another_name_are_told_apart_and_other_places_of_one_are_not(study):
     write_run(study / 'moved', [50.0, 63.0], seed=7, data='/elsewhere/cifar')
     write_run(study / 'digits', [50.0, 63.0], data='/somewhere/digits')

@@ -17,6 +17,10 @@ _WITHOUT_EFFECT = frozenset((
     'wandb_tags', 'wandb_resume_id', 'log_tensorboard', 'push_to_hub', 'hub_private', 'hub_license', 'hub_revision',
     'no_teacher_eval', 'teacher_cache', 'teacher_cache_rebuild',
 ))
+# Flags that say whether a run distils, and beginnings of those that act in distillation alone; `--teacher-cache`
+# switches `replayable_data` on.
+_DISTILLING = 'kd_loss', 'teacher', 'kd_model_name'
+_OF_DISTILLATION = 'kd_', 'teacher', 'task_loss_weight', 'distill_loss_weight', 'replayable_data'
 
 
 def settings_of(run: Run) -> dict[str, Any]:
@@ -26,13 +30,6 @@ def settings_of(run: Run) -> dict[str, Any]:
         if settings.get(name):
             settings[name] = Path(settings[name]).name
     return settings
-
-
-def _without_distillation(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a training without distillation has too."""
-    # `--teacher-cache` switches `replayable_data` on.
-    of_distillation = 'kd_', 'teacher', 'task_loss_weight', 'distill_loss_weight', 'replayable_data'
-    return {name: value for name, value in settings.items() if not name.startswith(of_distillation)}
 
 
 @dataclass(frozen=True)
@@ -98,23 +95,27 @@ class Group:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Put the runs that differ in their seed alone together, and find what tells the groups apart."""
-    by_settings: dict[str, tuple[dict[str, Any], list[Run]]] = {}
-    for run in runs:
-        settings = settings_of(run)
+    """Put the runs that differ in their seed alone together, and find what tells the groups apart.
+
+    A flag that some of the runs do not know (those of timm's script or of another version of this one) tells no run
+    apart by that; but a run that does not know the flags of distillation does not distil.
+    """
+    settings = [settings_of(run) for run in runs]
+    differing = [
+        name for name in dict.fromkeys(name for own in settings for name in own)
+        if len({repr(own.get(name)) for own in settings if name in own or (own and name in _DISTILLING)}) > 1
+    ]
+    by_flags: dict[str, tuple[dict[str, Any], list[Run]]] = {}
+    for run, own in zip(runs, settings, strict=True):
         # A run that died before it wrote its flags is alike to no other.
-        key = repr(sorted(settings.items())) if settings else str(run.folder)
-        by_settings.setdefault(key, (settings, []))[1].append(run)
-    known = [settings for settings, _ in by_settings.values() if settings]
-    names = dict.fromkeys(name for settings in known for name in settings)
-    differing = [name for name in names if len({repr(settings.get(name)) for settings in known}) > 1]
+        key = repr([own.get(name) for name in differing]) if own else str(run.folder)
+        by_flags.setdefault(key, (own, []))[1].append(run)
     groups = []
-    for settings, members in by_settings.values():
+    for own, members in by_flags.values():
         members.sort(key=lambda run: (run.args.get('seed') or 0, str(run.folder)))
-        different = {name: _text(settings.get(name)) or '-' for name in differing}
+        different = {name: _text(own.get(name)) or '-' for name in differing}
         label = ' '.join(f'{name}={value}' for name, value in different.items() if value != '-')
-        label = label or str(settings.get('model') or members[0].folder.name)
-        groups.append(Group(members, settings, label, different))
+        groups.append(Group(members, own, label or str(own.get('model') or members[0].folder.name), different))
     return groups
 
 
@@ -193,10 +194,12 @@ def tabulate(groups: list[Group], metric: str = 'eval_top1', baseline: Path | No
 
 
 def _baseline_of(group: Group, groups: list[Group]) -> Group | None:
-    """Return the group that trains without distillation and has all other settings of a group, if there is one."""
-    wanted = _without_distillation(group.settings)
+    """Return the group that trains without distillation and is otherwise equal, if there is one."""
+    def apart_from_distillation(group: Group) -> dict[str, str]:
+        return {name: value for name, value in group.different.items() if not name.startswith(_OF_DISTILLATION)}
+
     for other in groups:
-        distils = any(other.settings.get(name) for name in ('kd_loss', 'teacher', 'kd_model_name'))
-        if other.settings and not distils and _without_distillation(other.settings) == wanted:
+        distils = any(other.settings.get(name) for name in _DISTILLING)
+        if other.settings and not distils and apart_from_distillation(other) == apart_from_distillation(group):
             return other
     return None
