@@ -160,10 +160,15 @@ def store_rows(cache, epoch=0):
     file.close()
 
 
+def fill(*args, **kwargs):
+    """Makes a cache with the rows of an epoch."""
+    cache = folder(*args, **kwargs)
+    store_rows(cache)
+    cache.close()
+
+
 def test_another_key_is_refused_with_field_values_and_way_out(tmp_path):
-    first = folder(tmp_path)
-    store_rows(first)
-    first.close()
+    fill(tmp_path)
     with pytest.raises(UsageError) as refused:
         folder(tmp_path, key={**KEY, 'data': {'hflip': 0.0, 'scale': (0.08, 1.0)}})
     assert 'data.hflip was 0.5, is now 0.0' in str(refused.value)
@@ -181,9 +186,7 @@ def test_rebuild_throws_away_the_rows_of_another_key(tmp_path):
 
 
 def test_rebuild_throws_away_the_rows_of_another_teacher(tmp_path):
-    first = folder(tmp_path, teacher={'weights': 'abc'})
-    store_rows(first)
-    first.close()
+    fill(tmp_path, teacher={'weights': 'abc'})
     with pytest.raises(UsageError, match='teacher.weights was "abc", is now "def"'):
         folder(tmp_path, teacher={'weights': 'def'})
     (tmp_path / 'teacher.json').write_text('{"teacher": ')
@@ -279,9 +282,7 @@ def holds_for_a_user_without_rights(check):
 
 
 def test_a_cache_that_cannot_be_written_is_read(open_path):
-    cache = folder(open_path)
-    store_rows(cache)
-    cache.close()
+    fill(open_path)
     for path in open_path.iterdir():
         path.chmod(0o444)
     open_path.chmod(0o555)

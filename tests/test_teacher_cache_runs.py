@@ -100,6 +100,12 @@ def filled(home, images, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def folder(filled, tmp_path):
+    """A copy of that cache, which a test may damage."""
+    return shutil.copytree(filled, tmp_path / 'cache')
+
+
 def refused(capsys, run, *flags, code=2):
     with pytest.raises(SystemExit) as stopped:
         run(*flags)
@@ -289,8 +295,7 @@ def edit_key(folder, part, name, value):
     (folder / 'key.json').write_text(json.dumps(key))
 
 
-def test_rows_of_another_version_of_timm_are_refused(filled, run, tmp_path, capsys):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_rows_of_another_version_of_timm_are_refused(folder, run, capsys):
     edit_key(folder, 'versions', 'timm', '0.1')
     assert f'versions.timm was "0.1", is now "{timm.__version__}"' in refused(capsys, run, *cache(folder))
 
@@ -321,8 +326,7 @@ def test_a_cache_without_the_teachers_validation_has_it_made(tmp_path, run, live
     assert run(*cache(tmp_path)) == live()
 
 
-def test_another_teacher_is_refused_and_rebuild_fills_anew(filled, run, teacher, tmp_path, capsys):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_another_teacher_is_refused_and_rebuild_fills_anew(folder, run, teacher, capsys):
     old = (folder / 'epoch-0000.logits').read_bytes()
     state = load_file(teacher / 'model.safetensors')
     state['fc.bias'] += 1.0
@@ -347,8 +351,7 @@ def test_a_flag_that_changes_no_image_changes_no_key(filled, run, teacher, flags
     run(*cache(filled), *flags)
 
 
-def test_students_with_other_crops_keep_a_validation_each(filled, run, teacher, tmp_path):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_students_with_other_crops_keep_a_validation_each(folder, run, teacher):
     crops = [flags.split() for flags in ('', '--crop-pct 0.7', '--interpolation nearest', '--tta 2')]
     first = [run(*cache(folder), *crop) for crop in crops]
     assert len(list(folder.glob('validation-*.npz'))) == len(crops)
@@ -393,8 +396,7 @@ def test_an_incomplete_cache_without_its_teacher_is_refused(filled, run, teacher
     assert f'--teacher local-dir:{teacher}' in refused(capsys, run, *cache(filled), '--epochs', '3')
 
 
-def test_a_stored_epoch_cut_short_is_refused(filled, run, tmp_path, capsys):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_a_stored_epoch_cut_short_is_refused(folder, run, capsys):
     os.truncate(folder / 'epoch-0000.logits', 9000)
     assert 'epoch-0000.logits has 9000 bytes' in refused(capsys, run, *cache(folder))
 
@@ -412,8 +414,7 @@ def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, home, imag
     assert 'epoch-0001.logits  48 rows (100.0 %)' in shown and '48 an epoch, by position, 10 classes' in shown
 
 
-def test_a_fill_goes_on_at_the_first_row_that_is_absent(filled, home, images, tmp_path, caplog):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_a_fill_goes_on_at_the_first_row_that_is_absent(filled, folder, home, images, caplog):
     file = EpochFile(folder / 'epoch-0000.logits', NUM_SAMPLES, 40, writable=True)
     order = ReplayBatchSampler(BatchSampler(ShuffledSampler(range(NUM_SAMPLES), 1, 0), 16, True), seed=5).rows(0, 3)[0]
     file.checksums[order[16 + 5:]] = 0
@@ -484,8 +485,7 @@ def test_info_names_how_many_logits_are_kept_and_takes_no_flags(tmp_path, home, 
     assert '--seed 5: info takes a folder' in refused_command(capsys, 'info', tmp_path, '--seed', '5')
 
 
-def test_a_members_file_that_was_deleted_is_written_again(filled, run, teacher, tmp_path):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_a_members_file_that_was_deleted_is_written_again(filled, folder, run, teacher):
     (folder / 'members.json').unlink()
     run(*cache(folder))
     assert (folder / 'members.json').read_bytes() == (filled / 'members.json').read_bytes()
@@ -501,8 +501,7 @@ def test_verify_throws_nothing_away(tmp_path, home, images, capsys):
     assert (tmp_path / 'cache' / 'epoch-0000.logits').read_bytes() == before
 
 
-def test_verify_drops_damaged_rows_for_the_next_run(filled, run, live, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_verify_drops_damaged_rows_for_the_next_run(filled, folder, run, live, tmp_path, monkeypatch, capsys):
     with open(folder / 'epoch-0000.logits', 'r+b') as raw:
         raw.seek(8192 + 40 * 7)
         raw.write(b'damaged')
@@ -524,8 +523,7 @@ def masked(logits):
     (lambda logits: np.random.default_rng(0).standard_normal(logits.shape, np.float32), False),
     (masked, False),
 ], ids=['by 1 %', 'by 5 %', 'noise', 'a class that the teacher does not mask'])
-def test_verify_allows_a_difference_of_two_percent(filled, tmp_path, caplog, capsys, change, holds):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_verify_allows_a_difference_of_two_percent(folder, caplog, capsys, change, holds):
     file = EpochFile(folder / 'epoch-0001.logits', NUM_SAMPLES, 40, writable=True)
     rows = np.flatnonzero(file.checksums)
     data = np.empty((len(rows), 40), np.uint8)
@@ -567,8 +565,7 @@ def test_verify_shows_the_teacher_what_the_fill_showed_it_from_any_folder(
     cache_main(['verify', str(tmp_path / 'cache'), '--batches', '3'])
 
 
-def test_verify_runs_nothing_that_the_flags_in_the_folder_name(filled, tmp_path, monkeypatch):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_verify_runs_nothing_that_the_flags_in_the_folder_name(folder, tmp_path, monkeypatch):
     (tmp_path / 'planted.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")')
     monkeypatch.syspath_prepend(tmp_path)
     flags = yaml.safe_load((folder / 'args.yaml').read_text())
@@ -584,21 +581,18 @@ def test_verify_runs_nothing_that_the_flags_in_the_folder_name(filled, tmp_path,
 
 
 @pytest.mark.parametrize('content', ['', '[1]', 'a: [', '!!python/object/apply:os.getcwd []', '\x00'])
-def test_verify_says_that_the_flags_in_the_folder_are_damaged(filled, tmp_path, content, capsys):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_verify_says_that_the_flags_in_the_folder_are_damaged(folder, content, capsys):
     (folder / 'args.yaml').write_text(content)
     assert f'{folder}/args.yaml' in refused_command(capsys, 'verify', folder)
 
 
-def test_verify_reads_no_flags_through_a_link(filled, tmp_path, capsys):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_verify_reads_no_flags_through_a_link(folder, tmp_path, capsys):
     (folder / 'args.yaml').rename(tmp_path / 'args.yaml')
     (folder / 'args.yaml').symlink_to(tmp_path / 'args.yaml')
     assert 'args.yaml is a link' in refused_command(capsys, 'verify', folder)
 
 
-def test_info_and_verify_leave_a_file_of_an_odd_name_alone(filled, tmp_path, capsys):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_info_and_verify_leave_a_file_of_an_odd_name_alone(folder, capsys):
     (folder / 'epoch-99999999999999999999.logits').write_bytes(b'')
     for command in ('info', 'verify'):
         cache_main([command, str(folder)])
@@ -641,8 +635,7 @@ def test_a_complete_cache_is_read_on_another_kind_of_processor(tmp_path, run, te
 
 
 @pytest.mark.parametrize('name', ['key.json', 'teacher.json'])
-def test_a_damaged_file_is_refused_and_rebuild_clears_it(filled, run, tmp_path, capsys, name):
-    folder = shutil.copytree(filled, tmp_path / 'cache')
+def test_a_damaged_file_is_refused_and_rebuild_clears_it(folder, run, capsys, name):
     (folder / name).write_text('{"teacher": {')
     flags = [*cache(folder), '--epochs', '3']
     assert f'{name} is damaged: use --teacher-cache-rebuild' in refused(capsys, run, *flags)

@@ -30,7 +30,8 @@ def setup_logging(speak: Callable[[str], str] = str) -> None:
         setup_default_logging()
 
         def in_its_words(record: logging.LogRecord) -> bool:
-            record.msg, record.args = speak(record.getMessage()), ()
+            if record.name.startswith('timm_kd'):  # to others, `model` may be another argument
+                record.msg, record.args = speak(record.getMessage()), ()
             return True
 
         logging.root.handlers[0].addFilter(in_its_words)

@@ -140,7 +140,7 @@ class CachedTeacher(nn.Module):
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if error is not None:
             # After an error of the device, waiting for a copy would raise a second one in its place.
-            self._copies.drop()
+            self._copies = HostCopies(self.device)
         self.close()
 
 
@@ -192,10 +192,6 @@ class HostCopies:
                 event.synchronize()
             self._pending.popleft()
             yield rows, data.numpy()
-
-    def drop(self) -> None:
-        """Forget what is on its way."""
-        self._pending.clear()
 
 
 def epoch_rows(batch_sampler: ReplayBatchSampler, by_position: bool, epoch: int) -> np.ndarray:
