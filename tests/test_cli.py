@@ -89,10 +89,21 @@ def test_text_is_the_namespace_as_yaml(tmp_path):
     assert yaml.safe_load(text) == vars(args)
 
 
-def test_keyword_arguments_are_literals_where_they_can_be(tmp_path):
-    args = parse(tmp_path, '--opt-kwargs', 'nesterov=False', '--model-kwargs', 'depth=3', 'act_layer=gelu')
-    assert args.opt_kwargs == {'nesterov': False}
-    assert args.model_kwargs == {'depth': 3, 'act_layer': 'gelu'}
+@pytest.mark.parametrize('flags, values', [
+    # keyword arguments are literals where they can be
+    ('--opt-kwargs nesterov=False', {'opt_kwargs': {'nesterov': False}}),
+    ('--model-kwargs depth=3 act_layer=gelu', {'model_kwargs': {'depth': 3, 'act_layer': 'gelu'}}),
+    # timm's names of policies and optimizers
+    *((f'--aa {aa}', {'aa': aa}) for aa in ('v0', 'original', 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', '3a')),
+    *((f'--opt {opt}', {'opt': opt}) for opt in ('momentum', 'lookahead_adamw', 'adahessian', 'lamb', 'muon')),
+    # flags of later timm scripts
+    ('--sched wsd --lr-decay-fn cosine --decay-epochs 0.1', {'lr_decay_fn': 'cosine', 'decay_epochs': 0.1}),
+    ('--resume auto --experiment x --stop-epoch 3 --save-epochs 1 2',
+     {'resume': 'auto', 'stop_epoch': 3, 'save_epochs': [1, 2]}),
+])
+def test_flags_are_taken(tmp_path, flags, values):
+    args = parse(tmp_path, *flags.split())
+    assert {dest: getattr(args, dest) for dest in values} == values
 
 
 def test_keyword_arguments_action_is_a_timm_one():
@@ -141,26 +152,6 @@ def test_help_names_the_recipes(help_text):
 
 def test_data_sets_by_name_need_no_folder():
     assert parse_args(['--dataset', 'hfds/cifar10'])[0].dataset == 'hfds/cifar10'
-
-
-@pytest.mark.parametrize('aa', ['v0', 'original', 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2', '3a'])
-def test_policies_of_timm_are_accepted(tmp_path, aa):
-    assert parse(tmp_path, '--aa', aa).aa == aa
-
-
-@pytest.mark.parametrize('opt', ['momentum', 'lookahead_adamw', 'adahessian', 'lamb', 'muon'])
-def test_optimizers_of_timm_are_accepted(tmp_path, opt):
-    assert parse(tmp_path, '--opt', opt).opt == opt
-
-
-def test_wsd_takes_its_own_flags(tmp_path):
-    args = parse(tmp_path, '--sched', 'wsd', '--lr-decay-fn', 'cosine', '--decay-epochs', '0.1')
-    assert (args.lr_decay_fn, args.decay_epochs) == ('cosine', 0.1)
-
-
-def test_flags_of_later_timm_scripts(tmp_path):
-    args = parse(tmp_path, '--resume', 'auto', '--experiment', 'x', '--stop-epoch', '3', '--save-epochs', '1', '2')
-    assert (args.resume, args.stop_epoch, args.save_epochs) == ('auto', 3, [1, 2])
 
 
 def test_mixed_batches_of_odd_size_are_refused_as_timm_would_fail_on_them(refusal, tmp_path):

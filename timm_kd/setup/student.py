@@ -198,7 +198,10 @@ def blank_batches(
         model: nn.Module,
         input_size: tuple[int, int, int],
 ) -> Iterator[tuple[bool, int, torch.Tensor | dict[str, torch.Tensor], str]]:
-    """Yield blank batches as the loaders make them: whether it is for training, how many images, they, their name."""
+    """Yield blank batches as the loaders make them.
+
+    Each is a tuple: whether it is for training, how many images it has, the batch, and what an error calls it.
+    """
     parameter = next(model.parameters())
     kind = dict(device=parameter.device, dtype=parameter.dtype)
     # Two images do for batch norm, if the batches of the run are as large; each split has its own.
