@@ -16,6 +16,7 @@ from timm.data import (
     FastCollateMixup,
     ImageDataset,
     Mixup,
+    MultiLabelTarget,
     NaFlexMixup,
     create_dataset,
     create_loader,
@@ -88,6 +89,23 @@ class NamedImages(ImageDataset):
     def _place(self, index: int) -> str:
         name = self.filename(index, absolute=True) or f'image {index}'  # images of hfds data sets may have no name
         return name if os.path.isabs(name) else f'{name} of {self.reader.root}'
+
+
+class LabelVector(MultiLabelTarget):
+    """timm's vector of an image's labels, `[C]`, which ends with a sentence where timm's has a traceback.
+
+    Raises:
+        UnreadableImages: By `vector(target)`, if the target is no list of labels, or of others than there are.
+    """
+
+    def __call__(self, target: Any) -> torch.Tensor:
+        try:
+            return super().__call__(target)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UnreadableImages(
+                f'an image has the labels {shortened(target)}: {str(error).rstrip(".")}; see `target_key`, '
+                '`target_format` and `num_classes`.'
+            ) from error
 
 
 @dataclass

@@ -12,6 +12,7 @@ from .checks import check_args, check_device
 from .config import RECIPES, load_config, override
 from .kd_flags import KDSettings, kd_flags, resolve_kd
 from .parser import Parser
+from .task_loss import MULTI_LABEL_DEFAULTS, task_loss_flags
 from .timm_flags import DATA, TIMM_FLAGS
 
 EVERYDAY = (
@@ -43,6 +44,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
         config = load_config(path, parser) if path else {}
         defaults = {dest: flag.default for dest, flag in parser.flags.items() if dest != 'config'}
         values = override(config, given, defaults)
+        if values.get('task') == 'multilabel':
+            defaults.update(MULTI_LABEL_DEFAULTS)
         # Equal to the default is the default: timm has integer defaults of flags that take floats.
         args = argparse.Namespace(**{
             dest: default if (value := values.get(dest, default)) == default else value
@@ -54,6 +57,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
         check_args(args, defaults)
         if 'device' in values:
             check_device(args.device)
+        # As in timm's script, the loss has one flag from here on, and a file that is written of the flags.
+        args.loss = next(iter(task_loss_flags(args).values()), args.loss)
+        if args.loss == 'bce' and args.bce_pos_weight is not None:
+            args.loss_pos_weight = str(args.bce_pos_weight)
     except argparse.ArgumentError as error:
         names = (error.argument_name or '').split('/')
         parser.error(f'{next((name for name in names if name.startswith("--")), names[0])} {error.message}'.strip())

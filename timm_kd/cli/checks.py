@@ -16,13 +16,14 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from ..data import find_class_map
 from ..errors import UsageError, nearest
 from ..losses import KD_LOSSES, create_kd_loss
 from .kd_flags import TIMM_DISTILLATION, KDSettings, knob_dests, named_teachers, resolve_kd
 from .messages import as_given
-from .task_loss import check_task_loss
+from .task_loss import check_task_loss, is_multi_label
 
 # Data sets that timm finds by name, for which a local folder is only the store; and those that it reads as a stream.
 _NAMED_DATASETS = ('hfds', 'hfids', 'tfds', 'wds', 'torch')
@@ -83,8 +84,9 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """
     rules = (
         _refused(args, defaults), _belonging(args, defaults), _data(args), _files(args), _images(args),
-        _batches(args), _crops(args), check_task_loss(args, defaults), _compiling(args), _optimizer(args),
-        _schedule(args), _train_sizes(args), _naflex(args, defaults), _hub(args), _distillation(args, defaults),
+        _batches(args), _crops(args), _labels(args), check_task_loss(args, defaults), _compiling(args),
+        _optimizer(args), _schedule(args), _train_sizes(args), _naflex(args, defaults), _hub(args),
+        _distillation(args, defaults),
     )
     for rule in rules:
         for sentence in rule:
@@ -108,8 +110,6 @@ def _refused(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str
     for dest, value in vars(args).items():
         if dest in _REFUSED and value != defaults[dest]:
             yield f'{as_given(dest, value)}: {_REFUSED[dest]}'
-    if args.target_key and ',' in args.target_key:
-        yield f'--target-key {args.target_key}: several fields make a multi-label task: not supported.'
     if args.log_tensorboard and find_spec('tensorboard') is None:
         yield '--log-tensorboard: tensorboard is not installed, pip install timm-kd[tensorboard].'
 
@@ -207,6 +207,31 @@ def _crops(args: argparse.Namespace) -> Iterator[str]:
     if args.teacher_cache_epochs and args.teacher_cache_epochs % args.crops_per_image:
         yield (f'--teacher-cache-epochs {args.teacher_cache_epochs}: {args.crops_per_image} epochs in a row share the '
                f'images ({crops}), make it a multiple: the images of the others would never be seen.')
+
+
+def _labels(args: argparse.Namespace) -> Iterator[str]:
+    evaluator = MultiLabelClassificationEvaluator if is_multi_label(args) else ClassificationEvaluator
+    if args.eval_metric not in evaluator.metric_names:
+        yield (f'--eval-metric {args.eval_metric}: not measured with --task {args.task or "classification"}, which has '
+               f'{", ".join(evaluator.metric_names)}.')
+    fields = ',' in (args.target_key or '')
+    if not is_multi_label(args):
+        if fields or args.target_format == 'multihot':
+            dest = 'target_key' if fields else 'target_format'
+            yield f'{as_given(dest, getattr(args, dest))}: gives an image several labels, add --task multilabel.'
+        if args.multilabel_threshold != 0.5:
+            yield f'--multilabel-threshold {args.multilabel_threshold}: belongs to --task multilabel.'
+        return
+    if args.num_classes is None:
+        yield '--task multilabel needs --num-classes N: how many labels there are.'
+    if fields and args.target_format == 'multihot':
+        yield f'--target-format multihot: the fields of --target-key {args.target_key} have a format of their own.'
+    if _kind_of_dataset(args) not in ('hfds', 'hfids', 'tfds', 'wds'):
+        yield ('--task multilabel: a folder, a tar or a torch/ data set gives an image one class; take --dataset '
+               'hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME.')
+    if resolve_kd(args) is not None:
+        yield ('--task multilabel: distillation compares what student and teacher choose of all classes, and here '
+               'each label is a question of its own; leave out the teacher and --kd-loss.')
 
 
 def _compiling(args: argparse.Namespace) -> Iterator[str]:

@@ -34,6 +34,7 @@ _SAME_THING = (
     ('initial_checkpoint', 'pretrained_path'),
     ('drop_path', 'drop_connect'),
     ('loss', 'bce_loss', 'jsd_loss'),
+    ('loss_pos_weight', 'bce_pos_weight'),
     ('cutmix', 'cutmix_minmax'),
     ('lr', 'lr_base'),
     ('opt_eps', 'opt_kwargs.eps'),

@@ -34,6 +34,8 @@ _FLAGS = {
     'train_split': '--train-split',
     'val_split': '--val-split',
     'num_classes': '--num-classes',
+    'target_key': '--target-key',
+    'target_format': '--target-format',
     'batch_size': '--batch-size',
     'num_aug_repeats': '--aug-repeats',
     're_mode': '--remode',

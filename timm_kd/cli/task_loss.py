@@ -11,6 +11,7 @@ from timm.loss import (
     load_class_stats,
     resolve_class_weights,
 )
+from timm.task import MultiLabelClassificationEvaluator
 
 from ..errors import shortened
 from .messages import as_given
@@ -42,8 +43,11 @@ LOSS_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _FACTORY_ARGUMENTS = [dest for dest in LOSS_PARAMETERS if not dest.startswith(('loss_', 'class_'))]
 
+# What flags are with `--task multilabel`, unless they are given.
+MULTI_LABEL_DEFAULTS = {'smoothing': 0.0, 'eval_metric': MultiLabelClassificationEvaluator.default_metric}
+
 LOSS_FLAGS: list[Flag] = [
-    flag('--loss', known=('', *LOSS_TYPES), help='task loss (ce when unset)'),
+    flag('--loss', known=('', *LOSS_TYPES), help='task loss (ce when unset; bce with --task multilabel)'),
     flag(
         '--class-stats', type=str, metavar='FILE', default='',
         help='JSON file of timm\'s class_weights.py: images of each class (pos_counts) and of all (num_samples)',
@@ -88,17 +92,19 @@ def task_loss_flags(args: argparse.Namespace) -> dict[str, str]:
     return flags
 
 
-def loss_kwargs(args: argparse.Namespace, multi_label: bool = False) -> dict[str, Any]:
-    """Return the arguments of timm's `create_classification_loss`.
+def is_multi_label(args: argparse.Namespace) -> bool:
+    """Return whether an image may have several classes."""
+    return args.task == 'multilabel'
 
-    Args:
-        args: The flags.
-        multi_label: Whether an image may have several classes.
+
+def loss_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of timm's `create_classification_loss`.
 
     Raises:
         OSError: A file of weights cannot be read.
         ValueError: It, or a weight, is not what timm reads.
     """
+    multi_label = is_multi_label(args)
     loss_type = next(iter(task_loss_flags(args).values()), 'bce' if multi_label else 'ce')
     stats = load_class_stats(args.class_stats)
     weighting = dict(
@@ -110,7 +116,7 @@ def loss_kwargs(args: argparse.Namespace, multi_label: bool = False) -> dict[str
     kwargs = dict(
         loss_type=loss_type,
         multi_label=multi_label,
-        smoothing=args.smoothing if loss_type not in ('twoway', 'zlpr') else 0.0,
+        smoothing=args.smoothing,
         soft_targets=is_mixing(args) and loss_type != 'jsd',
         jsd_splits=args.aug_splits,
         class_weight=resolve_class_weights(args.loss_class_weight, 'class_weight', **weighting),
@@ -130,8 +136,9 @@ def is_mixing(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def check_task_loss(args: argparse.Namespace, defaults: dict[str, Any], multi_label: bool = False) -> Iterator[str]:
+def check_task_loss(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the flags of the task loss."""
+    multi_label = is_multi_label(args)
     flags = task_loss_flags(args)
     if len(set(flags.values())) > 1:
         yield f'{" and ".join(flags)}: choose one task loss.'
@@ -151,7 +158,7 @@ def check_task_loss(args: argparse.Namespace, defaults: dict[str, Any], multi_la
             way_out = its_own or f'--task multilabel --loss {owners[True][0]}'
             yield f'{as_given(dest, getattr(args, dest))}: no parameter of {loss}, add {way_out} or leave it out.'
     weights = {dest: getattr(args, dest) for dest in ('loss_class_weight', 'loss_pos_weight') if getattr(args, dest)}
-    if args.bce_pos_weight is not None and 'loss_pos_weight' in weights:
+    if args.bce_pos_weight is not None and args.loss_pos_weight not in ('', str(args.bce_pos_weight)):
         yield (f'{as_given("bce_pos_weight", args.bce_pos_weight)} beside '
                f'{as_given("loss_pos_weight", args.loss_pos_weight)}: say it once.')
     if args.class_stats and loss != 'db' and not set(weights.values()) & set(CLASS_WEIGHT_METHODS):
@@ -161,7 +168,7 @@ def check_task_loss(args: argparse.Namespace, defaults: dict[str, Any], multi_la
         if getattr(args, dest) and (loss in ('twoway', 'zlpr') or (loss == 'asl' and not multi_label)):
             yield f'{chosen}: needs targets that are not mixed, leave out {as_given(dest, getattr(args, dest))}.'
     try:
-        create_classification_loss(**loss_kwargs(args, multi_label))
+        create_classification_loss(**loss_kwargs(args))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         stats = {'class_stats': args.class_stats} if args.class_stats else {}
         given = ' '.join(as_given(dest, value) for dest, value in {**weights, **stats}.items())

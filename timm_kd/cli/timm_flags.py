@@ -5,6 +5,9 @@ this project's. Two defaults differ, on purpose: `decay_epochs` is None, so that
 length that suits the schedule (90 for `step`, a fifth of the run for `wsd` and `rsqrt`), and `kd_temperature`
 (in `kd_flags`) is None, the loss's own default.
 """
+from timm.data.readers.targets import TARGET_FORMATS
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
+
 from .parser import Flag, count, flag, kwargs_flag, not_negative, number, one_of, positive, switch, whole
 from .task_loss import LOSS_FLAGS
 
@@ -12,8 +15,9 @@ share, share_below_1 = number(float, at_least=0, at_most=1), number(float, at_le
 
 FILTERS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
+METRICS = tuple(dict.fromkeys(
+    (*ClassificationEvaluator.metric_names[1:], *MultiLabelClassificationEvaluator.metric_names)))
 SINGLE_LABEL = ('classification', 'singlelabel', 'single-label', 'single_label', 'multiclass')
-NO_MULTI_LABEL = 'multi-label training is not supported, only one class per image'
 
 DATA = flag('data', nargs='?', metavar='DIR', help='data set folder (--data-dir says the same)')
 
@@ -33,11 +37,14 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--class-map', type=str, metavar='FILE', default='', help='file that maps class names to class indices'),
         flag('--input-img-mode', type=str, metavar='MODE', help='PIL mode that images are converted to (RGB, L, ...)'),
         flag('--input-key', type=str, metavar='KEY', help='field of a sample that holds the image'),
-        flag('--target-key', type=str, metavar='KEY', help='field of a sample that holds the class'),
+        flag(
+            '--target-key', type=str, metavar='KEY',
+            help='field of a sample that holds the class; A,B,C: a field for each label (--task multilabel)',
+        ),
         switch('--dataset-trust-remote-code', help='allow a Hugging Face data set to run code of its repository'),
         flag(
-            '--target-format', type=one_of('', 'indices', reason=NO_MULTI_LABEL), metavar='FORMAT',
-            help='"indices" (multihot is multi-label, and refused)',
+            '--target-format', known=('', *TARGET_FORMATS), metavar='FORMAT',
+            help='how the labels of an image are listed (indices when unset; --task multilabel)',
         ),
     ],
     'Model parameters': [
@@ -181,8 +188,12 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--bce-pos-weight', type=float, help='weight of the positive term of the binary cross-entropy'),
         *LOSS_FLAGS,
         flag(
-            '--task', type=one_of('', *SINGLE_LABEL, reason=NO_MULTI_LABEL),
-            help='"classification" (multilabel is refused)',
+            '--task', type=one_of('', *SINGLE_LABEL, 'multilabel'),
+            help='classification: an image has one class; multilabel: any number of classes, none included',
+        ),
+        flag(
+            '--multilabel-threshold', type=number(float, above=0, below=1), default=0.5,
+            help='multilabel: probability from which F1 counts a label as predicted',
         ),
         flag('--reprob', type=share, default=0., help='probability of random erasing'),
         flag('--remode', known=('const', 'rand', 'pixel'), default='pixel', help='what erased pixels become'),
@@ -241,7 +252,7 @@ TIMM_FLAGS: dict[str, list[Flag]] = {
         flag('--output', type=str, metavar='DIR', default='', help='folder of runs (./output/train when empty)'),
         flag('--experiment', type=str, default='', help='name of the run, its folder below --output'),
         flag('--save-epochs', type=whole, nargs='+', help='epochs whose checkpoint is kept as milestone-N.pth.tar'),
-        flag('--eval-metric', known=('top1', 'top5', 'loss'), default='top1', help='what makes a checkpoint best'),
+        flag('--eval-metric', known=METRICS, default='top1', help='what makes a checkpoint best (multilabel: map)'),
         flag('--tta', type=whole, default=0, help='test-time augmentation: average this many neighbouring outputs'),
         switch('--use-multi-epochs-loader', help='keep the worker processes alive between epochs'),
         switch('--log-wandb', help='log to Weights & Biases'),

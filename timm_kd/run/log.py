@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torchvision
-from timm.task import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import AverageMeter, setup_default_logging
 from tqdm import tqdm  # comes with huggingface_hub
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -140,14 +140,15 @@ class RunLog:
             batch_time.update(time.time() - start)
             start = time.time()
             if self.primary and (batch_idx == last_idx or batch_idx % self.log_interval == 0):
-                of_batch = ClassificationEvaluator(output.device)
+                of_batch = (MultiLabelClassificationEvaluator if target.ndim > 1 else ClassificationEvaluator)(
+                    output.device)
                 of_batch.update(output, target)
                 now, average = of_batch.summary(), evaluator.summary()
                 _logger.info(
                     f'{name}: [{batch_idx:>4d}/{last_idx}]  Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  '
-                    f'Loss: {now["loss"]:>7.3f} ({average["loss"]:>6.3f})  '
-                    f'Acc@1: {now["top1"]:>7.3f} ({average["top1"]:>7.3f})  '
-                    f'Acc@5: {now["top5"]:>7.3f} ({average["top5"]:>7.3f})')
+                    f'Loss: {now["loss"]:>7.3f} ({average["loss"]:>6.3f})'
+                    + ''.join(f'  Acc@{k}: {now[f"top{k}"]:>7.3f} ({average[f"top{k}"]:>7.3f})'
+                              for k in (1, 5) if f'top{k}' in now))
         return on_batch
 
     def epoch(self, row: dict[str, Any]) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 from ..errors import UsageError
 from ..files import write_atomically
 
-TIMM_COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr')
+TIMM_COLUMNS = (
+    'epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'eval_map', 'eval_micro_f1', 'eval_macro_f1',
+    'eval_sample_f1', 'lr',
+)
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:

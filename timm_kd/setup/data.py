@@ -9,10 +9,12 @@ import torch
 from PIL import ImageMode
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..cli.task_loss import is_mixing
+from ..cli.task_loss import is_mixing, is_multi_label
 from ..data import (
     DataConfig,
+    LabelVector,
     TrainData,
+    UnreadableImages,
     create_datasets,
     create_eval_loader,
     create_naflex_train_data,
@@ -64,7 +66,13 @@ def create_data(
         input_key=args.input_key,
         target_key=args.target_key,
         trust_remote_code=args.dataset_trust_remote_code,
+        **(_label_options(args) if is_multi_label(args) else {}),
     )
+    if is_multi_label(args) and not isinstance(train_set, IterableDataset):
+        try:
+            train_set[0]  # labels of the wrong kind are seen in any image
+        except UnreadableImages as error:
+            raise UsageError(str(error)) from error
     loading = loading_kwargs(args, data_config, process, dtype)
     if args.naflex_loader:
         data = create_naflex_train_data(train_set, **loading, **_naflex_kwargs(args, data_config, process, patch_size))
@@ -92,6 +100,11 @@ def create_data(
         replayable=args.replayable_data,
         **loading,
     )
+
+
+def _label_options(args: argparse.Namespace) -> dict[str, Any]:
+    dense = args.target_format == 'multihot'
+    return dict(target_format=args.target_format or None, target_transform=LabelVector(args.num_classes, dense=dense))
 
 
 def _train_data_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
@@ -159,6 +172,7 @@ def _mixup_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         switch_prob=args.mixup_switch_prob,
         label_smoothing=args.smoothing,
         num_classes=args.num_classes,
+        multi_label=is_multi_label(args),
     )
 
 

@@ -7,12 +7,18 @@ from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, FeatureDistillationTask, TokenDistillationTask, TrainingTask
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
 from timm.utils import NativeScaler
 from torch import nn
 
 from ..cli.messages import as_given
-from ..cli.task_loss import loss_kwargs
+from ..cli.task_loss import is_multi_label, loss_kwargs
 from ..errors import UsageError, shortened
 from ..losses import create_kd_loss
 from ..process import preserved_random_state
@@ -61,15 +67,19 @@ def create_task(setup: Setup, teacher: nn.Module | None) -> TrainingTask:
     """
     args = setup.args
     loss = loss_kwargs(args)
-    for name in ('class_weight', 'pos_weight'):
-        if isinstance(loss[name], torch.Tensor) and len(loss[name]) != args.num_classes:
+    for dest, name in dict(
+            loss_class_weight='class_weight', loss_pos_weight='pos_weight', class_stats='class_counts').items():
+        entries = loss.get(name)
+        if isinstance(entries, torch.Tensor) and len(entries) != args.num_classes:
             raise UsageError(
-                f'{as_given(f"loss_{name}", getattr(args, f"loss_{name}"))}: has {len(loss[name])} entries but the '
-                f'model has {args.num_classes} classes.')
+                f'{as_given(dest, getattr(args, dest))}: has {len(entries)} entries but the model has '
+                f'{args.num_classes} classes.')
     criterion = create_classification_loss(**loss)
     kd, process = setup.kd, setup.process
     common = dict(criterion=criterion, device=process.device, dtype=setup.dtype, verbose=process.primary)
-    if kd is None:
+    if is_multi_label(args):
+        task = MultiLabelClassificationTask(setup.student, threshold=args.multilabel_threshold, **common)
+    elif kd is None:
         task = ClassificationTask(setup.student, **common)
     else:
         common.update(task_loss_weight=kd.task_loss_weight, distill_loss_weight=kd.distill_loss_weight)
