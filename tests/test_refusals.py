@@ -118,9 +118,27 @@ REFUSED = [
     ('--crops-per-image 2 --teacher resnet34 --teacher-cache x --teacher-cache-epochs 3',
      '--teacher-cache-epochs 3', '--crops-per-image 2', 'a multiple'),
     # not this project's
-    ('--task multilabel', 'one class', '--task multilabel: multi-label training is not supported'),
-    ('--target-key a,b', '--target-key a,b', 'multi-label'),
     ('--kd-loss-type mse', '--kd-loss-type mse'),
+    # several labels an image
+    ('--target-key a,b', '--target-key a,b', '--task multilabel'),
+    ('--target-format multihot', '--target-format multihot', '--task multilabel'),
+    ('--multilabel-threshold 0.4', '--multilabel-threshold 0.4', '--task multilabel'),
+    ('--eval-metric map', '--eval-metric map', '--task classification', 'loss, top1, top5'),
+    ('--task multilabel --num-classes 3', '--task multilabel', 'a folder', 'hfds/NAME'),
+    *((f'--task multilabel --dataset hfds/x {flags}', *names) for flags, *names in [
+        ('', '--num-classes N'),
+        ('--num-classes 3 --eval-metric top1', '--eval-metric top1', 'loss, map, micro_f1, macro_f1, sample_f1'),
+        ('--num-classes 3 --target-key a,b --target-format multihot', '--target-format multihot', '--target-key a,b'),
+        ('--num-classes 3 --teacher resnet34', '--task multilabel: distillation', 'leave out the teacher'),
+        ('--num-classes 3 --kd-model-name resnet34', '--task multilabel: distillation'),
+        ('--num-classes 3 --kd-loss tfnkd', '--task multilabel: distillation'),
+        ('--num-classes 3 --loss ce', '--loss ce: with several classes an image', 'bce, asl, poly, twoway, zlpr, db'),
+        ('--num-classes 3 --jsd-loss --aug-splits 2', '--jsd-loss: with several classes an image'),
+        ('--num-classes 3 --loss db', '--loss db', '--class-stats FILE'),
+        ('--num-classes 3 --loss zlpr --smoothing 0.1', '--loss zlpr', 'smoothing'),
+        ('--num-classes 3 --loss twoway --mixup 0.2', '--loss twoway', '--mixup 0.2'),
+        ('--num-classes 3 --multilabel-threshold 1', '--multilabel-threshold 1.0', 'below 1'),
+    ]),
     # NaFlex
     ('--naflex-max-seq-len 99', '--naflex-max-seq-len 99', '--naflex-loader, which is not given'),
     ('--naflex-loader --naflex-patch-size-probs 1', '--naflex-patch-size-probs 1.0', '--naflex-patch-sizes'),
@@ -135,7 +153,6 @@ REFUSED = [
     ('--naflex-loader --replayable-data', '--replayable-data', 'by worker, not by image'),
     ('--naflex-loader --teacher resnet18 --teacher-cache x', '--teacher-cache x', 'cannot be replayed'),
     ('--naflex-loader --cutmix-minmax 0.2 0.8', '--cutmix-minmax 0.2 0.8', '--cutmix'),
-    ('--target-format multihot', '--target-format multihot: multi-label'),
     # distillation
     ('--kd-loss kd', '--kd-loss kd needs a teacher', '--teacher SPEC', 'tfnkd'),
     ('--kd-loss nkd', 'tfnkd', '--kd-loss nkd needs a teacher', '--teacher SPEC'),

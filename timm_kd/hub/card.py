@@ -3,7 +3,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -46,6 +46,30 @@ _TIMM_TASKS = {
         citations=(_DEIT,),
     ),
 }
+
+
+class Figure(NamedTuple):
+    """A figure of a card: its name in the table and in full, the Hub's metric and the arguments of that."""
+    name: str
+    long_name: str
+    metric: str
+    metric_args: dict[str, Any] | None = None
+
+
+# By column of summary.csv.
+_SINGLE_LABEL = {
+    'eval_top1': Figure('Top-1', 'Top-1 accuracy', 'accuracy', {'top_k': 1}),
+    'eval_top5': Figure('Top-5', 'Top-5 accuracy', 'accuracy', {'top_k': 5}),
+}
+_MULTI_LABEL = {
+    'eval_map': Figure('mAP', 'Mean average precision', 'mean_average_precision'),
+    **{f'eval_{kind}_f1': Figure(f'F1, {kind}', f'F1, {kind} average', 'f1', {'average': average})
+       for kind, average in (('micro', 'micro'), ('macro', 'macro'), ('sample', 'samples'))},
+}
+
+
+def _figures(run: Run) -> dict[str, Figure]:
+    return _MULTI_LABEL if run.args.get('task') == 'multilabel' else _SINGLE_LABEL
 
 
 @dataclass(frozen=True)
@@ -94,6 +118,8 @@ def model_card(run: Run, publication: Publication, epoch: int | None, is_ema: bo
         is_ema=is_ema,
         loss=loss,
         **_statement(loss, bool(teachers)),
+        multi_label=_figures(run) is _MULTI_LABEL,
+        figures=_figures(run),
         images=record['student']['data_config'],
         spec=f'hf-hub:{publication.repo_id}' + (f'@{publication.revision}' if publication.revision else ''),
         command=command,
@@ -151,13 +177,13 @@ def _metadata(
             dataset_type=dataset or 'imagefolder',
             dataset_name=dataset or local,
             dataset_split=args.get('val_split'),
-            metric_type='accuracy',
-            metric_name=f'Top-{k} accuracy',
-            metric_args={'top_k': k},
-            # The Hub's accuracy is a fraction, timm's a percentage.
-            metric_value=round(metrics[f'eval_top{k}'] / 100, 6),
+            metric_type=figure.metric,
+            metric_name=figure.long_name,
+            metric_args=figure.metric_args,
+            # The Hub's figures are fractions, timm's percentages.
+            metric_value=round(metrics[column] / 100, 6),
         )
-        for k in (1, 5) if f'eval_top{k}' in metrics
+        for column, figure in _figures(run).items() if column in metrics
     ]
     return ModelCardData(
         library_name='timm',
@@ -170,7 +196,7 @@ def _metadata(
         datasets=[dataset] if dataset else None,
         base_model=start,
         base_model_relation='finetune' if start else None,
-        metrics=['accuracy'] if results else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=title if results else None,
         eval_results=results or None,
     )

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 _COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'
 _STYLES = [(colour, style) for style in ('-', '--') for colour in _COLOURS]
 _REST = '#999999', '-'
-PANELS = {'eval_loss': 'validation loss', 'eval_top1': 'top-1, %', 'eval_agreement': 'agreement, %'}
+PANELS = {
+    'eval_loss': 'validation loss',
+    'eval_top1': 'top-1, %',
+    'eval_map': 'mean average precision, %',
+    'eval_agreement': 'agreement, %',
+}
 _TEXT = '#010203'  # black to the eye in a PNG; `to_svg` finds it and puts the colour of the page's text in its place
 
 
