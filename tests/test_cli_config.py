@@ -154,7 +154,7 @@ def test_data_folder_of_the_file_is_replaced_by_either_flag(parse, tmp_path):
     ('{img_size: 96, in_chans: 1}', '--img-size 64', {'img_size': 64, 'in_chans': 1}),
     ('model_kwargs: {img_size: 96, depth: 2}', '--img-size 64', {'img_size': 64, 'model_kwargs': {'depth': 2}}),
     ('bce_loss: true', '--loss ce', {'bce_loss': False, 'loss': 'ce'}),
-    ('loss: jsd', '--bce-loss', {'bce_loss': True, 'loss': None}),
+    ('loss: jsd', '--bce-loss', {'bce_loss': True, 'loss': 'bce'}),
     ('{jsd_loss: true, aug_splits: 3}', '--bce-loss', {'bce_loss': True, 'jsd_loss': False, 'aug_splits': 3}),
     ('drop_path: 0.2', '--drop-connect 0.1', {'drop_path': None, 'drop_connect': 0.1}),
     ('drop_connect: 0.2', '--drop-path 0.1', {'drop_path': 0.1, 'drop_connect': None}),
@@ -202,7 +202,7 @@ def test_what_describes_a_replaced_schedule_or_teacher_goes_with_it(parse, caplo
 def test_parameters_of_a_replaced_task_loss_go_with_it(parse, caplog):
     with caplog.at_level(logging.WARNING):
         args = parse('{loss: poly, poly_epsilon: 1}', '--bce-loss')
-    assert (args.poly_epsilon, args.loss, args.bce_loss) == (2.0, None, True)
+    assert (args.poly_epsilon, args.loss, args.bce_loss) == (2.0, 'bce', True)
     assert 'bce has none: the poly_epsilon of the config file is left out.' in caplog.text
 
 

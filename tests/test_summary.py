@@ -3,7 +3,7 @@ import csv
 
 from timm.utils import update_summary
 
-from timm_kd.run.record import TIMM_COLUMNS, Summary
+from timm_kd.run.record import Summary
 
 TRAIN, EVAL = {'loss': 1 / 3}, {'loss': 0.1, 'top1': 200 / 3, 'top5': 100.0}
 
@@ -52,4 +52,5 @@ def test_columns_that_a_resumed_run_adds_stand_behind_blank_ones(tmp_path):
 def test_columns_of_a_validation_that_a_resumed_run_adds_stand_where_timm_has_them(tmp_path):
     Summary(tmp_path / 'summary.csv').append(0, TRAIN, None, 0.1)
     Summary(tmp_path / 'summary.csv', start_epoch=1).append(1, TRAIN, EVAL, 0.1)
-    assert tuple((tmp_path / 'summary.csv').read_text().splitlines()[0].split(',')) == TIMM_COLUMNS
+    assert tuple((tmp_path / 'summary.csv').read_text().splitlines()[0].split(',')) == (
+        'epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr')
