@@ -15,7 +15,7 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --dist loadfile
 
 # Random kills, every precision, the oldest huggingface_hub: too long for CI. With TIMM_TRAIN=path/to/train.py, of a
-# checkout of timm, also random flag sets beside timm's own script.
+# checkout of timm, also random flag sets beside timm's own script; with TIMM_TESTS=path/to/tests, timm's tests on ours.
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m soak
 

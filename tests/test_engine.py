@@ -191,7 +191,7 @@ def test_agreement_ignores_the_padding_of_a_distributed_sampler():
 @pytest.mark.parametrize('tta', [0, 3])
 def test_teacher_and_student_of_the_same_weights_agree_whatever_is_averaged(tta):
     model, data = linear_task().trainable_module, batches(3, size=6)
-    model.describe, model.num_classes, model.source = lambda size: 'linear', 5, 'itself'
+    model.describe, model.num_classes, model.source = lambda: 'linear', 5, 'itself'
     settings = StepSettings(CPU, prefetched=False)
     (metrics,), predictions = evaluate_teacher([model], data, settings, tta=tta)
     evaluator = AgreementEvaluator(predictions, CPU)
