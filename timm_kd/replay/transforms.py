@@ -49,16 +49,16 @@ class ReplayDataset(Dataset):
     def __getitems__(self, key: BatchKey) -> Samples:
         samples = Samples(key)
         with preserved_generators():
-            if self.num_crops > 1:
-                samples.extend(self._crops(key))
-                return samples
-            for row, sample in enumerate(key.samples):
-                index = sample[0] if isinstance(sample, tuple) else sample
-                # A sample's copies are neighbours in the order, at most num_repeats of them.
-                repeat = key.position(row) % self.num_repeats
-                seed_generators(derive_seed(self.seed, SAMPLE, key.epoch, index, repeat))
-                samples.append(self.dataset[sample])
+            samples.extend(self._crops(key) if self.num_crops > 1 else self._samples(key))
         return samples
+
+    def _samples(self, key: BatchKey) -> Iterator[tuple]:
+        for row, sample in enumerate(key.samples):
+            index = sample[0] if isinstance(sample, tuple) else sample
+            # A sample's copies are neighbours in the order, at most num_repeats of them.
+            repeat = key.position(row) % self.num_repeats
+            seed_generators(derive_seed(self.seed, SAMPLE, key.epoch, index, repeat))
+            yield self.dataset[sample]
 
     def _crops(self, key: BatchKey) -> Iterator[tuple]:
         for index in key.samples[::self.num_crops]:
