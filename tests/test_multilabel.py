@@ -221,7 +221,8 @@ def test_fields_of_a_hub_data_set_are_labels(reader, further, tmp_path, monkeypa
     if reader == 'hfids' and further:
         pytest.skip('streams have no NaFlex loader')
     flags = f'--dataset {reader}/{folder} --target-key bright,wide --task multilabel --num-classes 2 {model}'
-    run = run_script(f'{flags} --batch-size 8 --train-num-samples 32 --val-num-samples 32', Path(''), tmp_path)
+    cache = tmp_path / 'cache'  # of the package `datasets`
+    run = run_script(f'{flags} --batch-size 8 --train-num-samples 32 --val-num-samples 32', cache, tmp_path)
     assert run.exit_code == 0, run.error
     assert 0 < run.rows[0]['eval_map'] <= 100
 
