@@ -96,7 +96,8 @@ def draw_flags(number: int, kind: str = 'plain') -> str:
         draw.choice(['--mixup 0.8', '--cutmix 1.0', '--mixup 0.4 --cutmix 1.0',
                      '--cutmix 0.5' if naflex else '--cutmix-minmax 0.2 0.8'])
         + draw.choice(['', ' --mixup-mode pair', ' --mixup-mode elem', ' --mixup-prob 0.6 --mixup-switch-prob 0.3'])
-        + draw.maybe(0.3, ' --mixup-off-epoch 1') if mixes else '',
+        # The script looks for the switch at a NaFlex loader, which has none.
+        + (draw.maybe(0.3, ' --mixup-off-epoch 1') if not naflex else '') if mixes else '',
         draw.maybe(0.2, '--no-prefetcher') if not (splits or naflex) else '',
         draw.choice(['--bce-loss', '--bce-loss --bce-sum', '--bce-loss --bce-target-thresh 0.2',
                      '--bce-loss --bce-pos-weight 2']) if not splits and draw.random() < 0.3 else '',

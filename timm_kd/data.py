@@ -132,7 +132,8 @@ class TrainData:
         batching = next((each for each in (self.dataset, self.loader.dataset) if hasattr(each, 'set_epoch')), None)
         if batching is not None:  # a stream, or the data set of batches that a NaFlex loader reads
             batching.set_epoch(epoch)
-        elif isinstance(batch_sampler, ReplayBatchSampler):
+        # Scheduled image sizes have both a data set and a sampler that count epochs.
+        if isinstance(batch_sampler, ReplayBatchSampler):
             batch_sampler.set_epoch(epoch, first_batch)
         else:
             for sampler in (batch_sampler, self.loader.sampler):

@@ -408,7 +408,8 @@ def _timm_distillation(args: argparse.Namespace, settings: KDSettings) -> Iterat
     """Yield what goes with the distillation of logits alone."""
     chosen = f'--kd-distill-type {settings.loss}'
     if args.kd_loss not in (None, 'kd'):
-        yield f'{chosen} beside --kd-loss {args.kd_loss}: that loss is for logits, leave out one of the two.'
+        yield (f'{chosen} beside --kd-loss {args.kd_loss}: that loss is for logits, leave it out (--kd-loss kd '
+               'overrides a config file).')
     if settings.teacher is None:
         yield f'{chosen} needs a teacher: add --teacher SPEC.'
     if args.kd_warmup_epochs:
