@@ -44,10 +44,6 @@ _SAME_THING = (
     ('torchscript', 'torchcompile_mode'),
 )
 
-# Prefixes of the flags that act only in distillation.
-_OF_DISTILLATION = ('kd_', 'task_loss_weight', 'distill_loss_weight')
-
-
 # The recipes that ship with the package, by name.
 RECIPES = {path.stem: path for path in Path(__file__).parents[1].joinpath('hparams').glob('*.yaml')}
 
@@ -210,7 +206,8 @@ def _left_over(
     if given.keys() & {'teacher', 'kd_model_name'}:
         specs = [spec for spec in (*(merged.get('teacher') or ()), merged.get('kd_model_name')) if spec]
         if not specs:
-            of_a_teacher = ('teacher_', 'no_teacher_eval', *(() if merged.get('kd_loss') else _OF_DISTILLATION))
-            yield from ((dest, 'there is no teacher') for dest in list(merged) if dest.startswith(of_a_teacher))
+            of_distillation = () if merged.get('kd_loss') else ('kd_', 'task_loss_weight', 'distill_loss_weight')
+            left = ('teacher_', 'no_teacher_eval', *of_distillation)
+            yield from ((dest, 'there is no teacher') for dest in list(merged) if dest.startswith(left))
         elif not any(os.path.isfile(os.path.expanduser(spec)) for spec in specs):
             yield from ((dest, f'--teacher {specs[0]} is no file') for dest in ('teacher_model', 'teacher_ema'))

@@ -36,22 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--quick', action='store_true', help='one epoch, one seed: does everything work?')
     options = parser.parse_args(argv)
     _check_installation()
-    losses = (BASELINE, *options.losses)
-    if options.quick:
-        run(options.output, losses, SEEDS[:1], further=('--epochs', '1'))
-    else:
-        run(options.output, losses, SEEDS)
+    seeds, further = (SEEDS[:1], ('--epochs', '1')) if options.quick else (SEEDS, ())
+    _run(options.output, (BASELINE, *options.losses), seeds, further)
 
 
-def run(output: Path, losses: Sequence[str], seeds: Sequence[int], further: Sequence[str] = ()) -> None:
-    """Make the data, train teacher and students, and report.
-
-    Args:
-        output: Where all of it goes.
-        losses: Names of losses, `BASELINE` for none.
-        seeds: Seeds of the students of each loss.
-        further: Flags for every training.
-    """
+def _run(output: Path, losses: Sequence[str], seeds: Sequence[int], further: Sequence[str]) -> None:
+    """Make the data, train teacher and students, with further flags for each of them, and report."""
     start = time.perf_counter()
     _clear(output)
     data, runs = output / 'digits', output / 'train'
