@@ -80,24 +80,18 @@ def test_registry_has_the_command_line_names_in_order():
     assert list(KD_LOSSES) == ['kd', 'dkd', 'nkd', 'tfnkd', 'tfkd']
 
 
-@pytest.mark.parametrize(('name', 'parameters', 'weights'), [
-    ('kd', {'temperature': 4.0, 'logit_std': False}, (1.0, 1.0)),
-    ('dkd', {'temperature': 4.0, 'alpha': 1.0, 'beta': 8.0, 'logit_std': False}, (1.0, 1.0)),
-    ('nkd', {'temperature': 1.0, 'gamma': 1.5, 'logit_std': False}, (1.0, 1.0)),
-    ('tfnkd', {}, (1.0, 1.0)),
-    ('tfkd', {'temperature': 20.0, 'correct_prob': 0.99}, (0.9, 0.1)),
+@pytest.mark.parametrize(('name', 'parameters', 'weights', 'needs_teacher', 'accepts_teacher'), [
+    ('kd', {'temperature': 4.0, 'logit_std': False}, (1.0, 1.0), True, True),
+    ('dkd', {'temperature': 4.0, 'alpha': 1.0, 'beta': 8.0, 'logit_std': False}, (1.0, 1.0), True, True),
+    ('nkd', {'temperature': 1.0, 'gamma': 1.5, 'logit_std': False}, (1.0, 1.0), True, True),
+    ('tfnkd', {}, (1.0, 1.0), False, False),
+    ('tfkd', {'temperature': 20.0, 'correct_prob': 0.99}, (0.9, 0.1), False, True),
 ])
-def test_defaults_are_those_of_the_papers(name, parameters, weights):
+def test_defaults_and_teachers_are_those_of_the_papers(name, parameters, weights, needs_teacher, accepts_teacher):
     loss_class = KD_LOSSES[name]
     assert loss_class.hyper_parameters() == parameters
     assert (loss_class.default_task_weight, loss_class.default_distill_weight) == weights
-
-
-@pytest.mark.parametrize(('name', 'needs', 'accepts'), [
-    ('kd', True, True), ('dkd', True, True), ('nkd', True, True), ('tfnkd', False, False), ('tfkd', False, True),
-])
-def test_losses_say_whether_they_take_a_teacher(name, needs, accepts):
-    assert (KD_LOSSES[name].needs_teacher, KD_LOSSES[name].accepts_teacher) == (needs, accepts)
+    assert (loss_class.needs_teacher, loss_class.accepts_teacher) == (needs_teacher, accepts_teacher)
 
 
 @pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
@@ -112,18 +106,15 @@ def test_components_are_the_announced_ones_and_detached(batch, name, plain):
 
 
 @pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
-def test_components_of_dkd_add_up_by_alpha_and_beta(batch, plain):
-    kd_loss = create_kd_loss('dkd', alpha=0.7, beta=3.0, double_backward=plain)
-    result, _ = evaluate(kd_loss, *batch)
-    assert result['kd_loss'].item() == pytest.approx(0.7 * result['tckd'].item() + 3.0 * result['nckd'].item())
-
-
-@pytest.mark.parametrize('temperature', [1.0, 3.0])
-@pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
-def test_components_of_nkd_add_up_by_gamma(batch, plain, temperature):
-    kd_loss = create_kd_loss('nkd', gamma=2.5, temperature=temperature, double_backward=plain)
-    result, _ = evaluate(kd_loss, *batch)
-    assert result['kd_loss'].item() == pytest.approx(result['soft'].item() + 2.5 * result['distributed'].item())
+@pytest.mark.parametrize(('name', 'params', 'factors'), [
+    ('dkd', {'alpha': 0.7, 'beta': 3.0}, {'tckd': 0.7, 'nckd': 3.0}),
+    ('nkd', {'gamma': 2.5, 'temperature': 1.0}, {'soft': 1.0, 'distributed': 2.5}),
+    ('nkd', {'gamma': 2.5, 'temperature': 3.0}, {'soft': 1.0, 'distributed': 2.5}),
+])
+def test_components_add_up_by_their_weights(batch, name, params, factors, plain):
+    result, _ = evaluate(create_kd_loss(name, **params, double_backward=plain), *batch)
+    total = sum(factor * result[part].item() for part, factor in factors.items())
+    assert result['kd_loss'].item() == pytest.approx(total)
 
 
 def test_kd_is_torchs_kl_divergence_of_softened_logits(batch):

@@ -155,12 +155,9 @@ def test_smoothing_that_mixup_folds_into_unmixed_targets_is_undone(name):
         make_task(name, smoothing=0.0, criterion=criterion).eval()(input, dense)
 
 
-def test_needed_teacher_that_is_missing_is_refused():
+def test_teacher_that_is_missing_or_of_no_use_is_refused():
     with pytest.raises(ValueError, match='NKDLoss needs a teacher'):
         KDTask(build(), create_kd_loss('nkd'))
-
-
-def test_teacher_beside_a_teacher_free_loss_is_refused():
     with pytest.raises(ValueError, match='TFNKDLoss is teacher-free'):
         KDTask(build(), create_kd_loss('tfnkd'), teacher=make_teacher())
 
