@@ -64,7 +64,7 @@ def draw_flags(number: int, kind: str = 'plain') -> str:
         draw.maybe(0.2, '--drop 0.1'),
         draw.maybe(0.15, '--grad-checkpointing') if not second_order else '',
         draw.maybe(0.15, '--head-init-scale 0.5', '--head-init-bias -2.3'),
-        draw.maybe(0.3, '--bn-momentum 0.2', '--bn-eps 1e-4') if batch_norm else '',
+        draw.maybe(0.3, '--bn-momentum 0.2', '--bn-eps 1e-4') if model == 'test_efficientnet' else '',
         draw.maybe(0.25, '--channels-last') if not (second_order or naflex) else '',
         draw.maybe(0.25, '--amp --amp-dtype bfloat16', '--model-dtype bfloat16') if not second_order else '',
         # images
