@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument('--recipes', nargs='+', default=['resnet18_baseline', 'swin_tiny_baseline'], metavar='NAME')
     parser.add_argument('--crops', nargs='+', type=int, default=[2, 4], metavar='M')
     parser.add_argument('--images', type=int, default=256, metavar='N')
-    parser.add_argument('--batch-size', type=int, default=64, metavar='N')
+    parser.add_argument('--batch-size', type=int, default=32, metavar='N')
     parser.add_argument('--rounds', type=int, default=30, metavar='N')
     args = parser.parse_args()
     logging.getLogger('timm_kd').setLevel(logging.ERROR)  # one class in place of a recipe's 1,000
