@@ -227,6 +227,16 @@ def test_fields_of_a_hub_data_set_are_labels(reader, further, tmp_path, monkeypa
     assert 0 < run.rows[0]['eval_map'] <= 100
 
 
+def test_field_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    def without_labels(reader, index):
+        raise KeyError('tags')
+
+    monkeypatch.setattr(LabelledDigits, '__getitem__', without_labels)
+    run = run_script(f'{FLAGS} --target-key tags', Path(''), tmp_path)
+    assert run.exit_code == 2, run.error
+    assert run.error.endswith(": --target-key tags: the images of --dataset hfds/digits have no field 'tags'.\n")
+
+
 @pytest.mark.soak
 @pytest.mark.skipif('TIMM_TESTS' not in os.environ, reason='TIMM_TESTS=path/to/tests of timm is not set')
 def test_timms_own_tests_of_its_script_pass_on_ours():
