@@ -204,7 +204,8 @@ def present(path):
 
 @pytest.mark.parametrize('crops', ['1', '2'])
 def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, live, teacher, crops):
-    crops = ['--crops-per-image', crops, '--reprob', '0.4']
+    # Half a batch has its sums in another order. No weight moves, so that this difference does not grow.
+    crops = ['--crops-per-image', crops, '--reprob', '0.4', '--opt', 'momentum', '--lr', '1e-30']
     flags = [*cache(tmp_path), '--batch-size', '8', *crops]
     subprocess.run(
         [
@@ -217,8 +218,8 @@ def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, 
     shutil.rmtree(teacher)
     read = list(csv.DictReader(run(*cache(tmp_path), *crops).splitlines()))
     assert [row['eval_agreement'] for row in read] == [row['eval_agreement'] for row in expected]
-    # Half a batch has its sums in another order: 1e-5 at the start, which training makes more of.
-    assert float(read[0]['train_loss']) == pytest.approx(float(expected[0]['train_loss']), rel=1e-3)
+    for before, after in zip(expected, read, strict=True):
+        assert float(after['train_loss']) == pytest.approx(float(before['train_loss']), rel=1e-3)
 
 
 def test_crops_that_a_fill_stored_serve_any_batch_size_and_no_other_number_of_crops(
