@@ -1,4 +1,5 @@
 """Real images and a teacher for the tests that run the script: scikit-learn's handwritten digits."""
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from torch.nn.functional import cross_entropy, interpolate
 from timm_kd.cli import parse_args
 
 TRAIN_IMAGES, VALIDATION_IMAGES = 16, 10  # of each class
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A suite in the background of a shell (`make test &`) ignores Ctrl-C, and so would the runs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session')
