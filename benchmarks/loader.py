@@ -4,10 +4,10 @@
 The loaders are the script's under a recipe, with one worker each, on JPEGs that the benchmark makes (500 x 375 pixels,
 about 100 kB, with the spectrum and the edges of a photograph). They run in turn, in rounds of an epoch each. A ratio is
 the median of the ratios of the rounds, with the middle half of them beside it. `worker` is the processor time that the
-loader's worker took, which other work on the machine disturbs less. Then, apart: what a seed of its
-own costs a sample. The output is markdown. Run it on an idle machine.
+loader's worker took, which other work on the machine disturbs less. Then, apart: what a seed of its own costs a sample.
+The output is Markdown. Run it on an idle machine (6 minutes).
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py [--rounds 30] [--crops 2 4] [--recipes resnet18_baseline]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py [--rounds 60] [--crops 2 4] [--recipes resnet18_baseline]
 """
 import argparse
 import logging
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument('--crops', nargs='+', type=int, default=[2, 4], metavar='M')
     parser.add_argument('--images', type=int, default=256, metavar='N')
     parser.add_argument('--batch-size', type=int, default=32, metavar='N')
-    parser.add_argument('--rounds', type=int, default=30, metavar='N')
+    parser.add_argument('--rounds', type=int, default=60, metavar='N')
     args = parser.parse_args()
     logging.getLogger('timm_kd').setLevel(logging.ERROR)  # one class in place of a recipe's 1,000
     with tempfile.TemporaryDirectory() as home:
