@@ -119,8 +119,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
         write_atomically(Path(output_dir, 'args.yaml'), args_text)
         write_record(output_dir, record)
     teacher_predictions = None
-    knows_classes = setup.kd is not None and (setup.kd.loss != 'feature' or teacher.num_classes == args.num_classes)
-    if teacher is not None and knows_classes and not args.no_teacher_eval and setup.eval_loader is not None:
+    knows_classes = teacher is not None and (setup.kd.loss != 'feature' or teacher.num_classes == args.num_classes)
+    if knows_classes and not args.no_teacher_eval and setup.eval_loader is not None:
         metrics, predictions = evaluate_run_teacher(setup, teacher)
         for member, result in zip(record['teacher'], metrics, strict=True):
             member.update(top1=result['top1'], top5=result['top5'])

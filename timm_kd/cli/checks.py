@@ -23,7 +23,7 @@ from ..errors import UsageError, nearest
 from ..losses import KD_LOSSES, create_kd_loss
 from .kd_flags import TIMM_DISTILLATION, KDSettings, knob_dests, named_teachers, resolve_kd
 from .messages import as_given
-from .task_loss import check_task_loss, is_multi_label
+from .task_loss import check_task_loss, is_mixing, is_multi_label
 
 # Data sets that timm finds by name, for which a local folder is only the store; and those that it reads as a stream.
 _NAMED_DATASETS = ('hfds', 'hfids', 'tfds', 'wds', 'torch')
@@ -175,7 +175,7 @@ def _batches(args: argparse.Namespace) -> Iterator[str]:
                'batch, make it a multiple.')
     if args.split_bn and not args.aug_splits and args.batch_size % 2:
         yield f'--batch-size {args.batch_size}: --split-bn halves a batch and needs an even one.'
-    if (args.mixup or args.cutmix or args.cutmix_minmax) and not args.naflex_loader:
+    if is_mixing(args) and not args.naflex_loader:
         dest = 'train_batch_sizes' if args.train_batch_sizes else 'batch_size'
         if any(batch_size % 2 for batch_size in args.train_batch_sizes or [args.batch_size]):
             yield f'{as_given(dest, getattr(args, dest))}: Mixup and CutMix mix pairs and need an even batch size.'
@@ -190,7 +190,7 @@ def _crops(args: argparse.Namespace) -> Iterator[str]:
     images, rest = divmod(args.batch_size, args.crops_per_image)
     if rest:
         yield f'{crops}: a batch holds all crops of an image, make --batch-size {args.batch_size} a multiple.'
-    if (args.mixup or args.cutmix or args.cutmix_minmax) and images % 2 and images > 1:
+    if is_mixing(args) and images % 2 and images > 1:
         yield (f'{crops}: --batch-size {args.batch_size} holds {images} images, and Mixup and CutMix, which mix the '
                'first row with the last, would mix the middle image with itself: make the batch a multiple of '
                f'{2 * args.crops_per_image}.')
@@ -260,9 +260,14 @@ def _compiling(args: argparse.Namespace) -> Iterator[str]:
                    'accumulated gradients: take max-autotune-no-cudagraphs, or leave out one of the two.')
 
 
+def base_optimizer(name: str) -> str:
+    """Return the optimizer that steps, by its name in timm: `lookahead_` is a wrapper around it."""
+    return name.lower().split('_')[-1]
+
+
 def _optimizer(args: argparse.Namespace) -> Iterator[str]:
     """Yield what timm's factory refuses: it builds this optimizer for a dummy parameter."""
-    name = args.opt.lower().split('_')[-1]
+    name = base_optimizer(args.opt)
     try:
         get_optimizer_info(name)
     except ValueError:

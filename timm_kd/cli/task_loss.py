@@ -97,6 +97,11 @@ def is_multi_label(args: argparse.Namespace) -> bool:
     return args.task == 'multilabel'
 
 
+def task_loss(args: argparse.Namespace) -> str:
+    """Return the name of the task loss: that of its flag, or what timm's script takes without one."""
+    return next(iter(task_loss_flags(args).values()), 'bce' if is_multi_label(args) else 'ce')
+
+
 def loss_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of timm's `create_classification_loss`.
 
@@ -104,8 +109,7 @@ def loss_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         OSError: A file of weights cannot be read.
         ValueError: It, or a weight, is not what timm reads.
     """
-    multi_label = is_multi_label(args)
-    loss_type = next(iter(task_loss_flags(args).values()), 'bce' if multi_label else 'ce')
+    loss_type = task_loss(args)
     stats = load_class_stats(args.class_stats)
     weighting = dict(
         class_stats=stats,
@@ -115,7 +119,7 @@ def loss_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     )
     kwargs = dict(
         loss_type=loss_type,
-        multi_label=multi_label,
+        multi_label=is_multi_label(args),
         smoothing=args.smoothing,
         soft_targets=is_mixing(args) and loss_type != 'jsd',
         jsd_splits=args.aug_splits,
@@ -142,7 +146,7 @@ def check_task_loss(args: argparse.Namespace, defaults: dict[str, Any]) -> Itera
     flags = task_loss_flags(args)
     if len(set(flags.values())) > 1:
         yield f'{" and ".join(flags)}: choose one task loss.'
-    chosen, loss = next(iter(flags.items()), ('--loss', 'bce' if multi_label else 'ce'))
+    chosen, loss = next(iter(flags), '--loss'), task_loss(args)
     fitting = MULTI_LABEL_LOSS_TYPES if multi_label else SINGLE_LABEL_LOSS_TYPES
     if loss not in fitting:
         other = '; it is for --task multilabel' if loss in MULTI_LABEL_LOSS_TYPES else ''

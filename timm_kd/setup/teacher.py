@@ -132,11 +132,10 @@ def _open_cache(setup: Setup, epochs: Sequence[int], live: bool) -> CachedTeache
     _check_supported(setup, epochs)
     crops = args.crops_per_image
     by_batch = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
-    # Of several crops an epoch has few of the images: the position says which, and which crop, in any batch size.
-    by_position = by_batch or crops > 1
     count = len(data.loader) * args.batch_size * process.world_size if by_batch else len(data.dataset) // crops * crops
     layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
     key = _cache_key(setup, by_batch, count)
+    by_position = key['rows']['by'] == 'position'
     rebuild = args.teacher_cache_rebuild and not live
     # Whether rows have to be thrown away depends on what the teacher says of itself, too.
     teacher = _create_teacher(setup) if live or rebuild else None
@@ -230,6 +229,7 @@ def _cache_key(setup: Setup, by_batch: bool, count: int) -> Key:
         'erasing_device': process.device.type if on_device and args.remode != 'const' else None,
         'teacher': _teacher_key(setup),
         'rows': {
+            # With several crops an epoch has few of the images: the position says which, and which crop, in any batch.
             'by': 'position' if by_batch or args.crops_per_image > 1 else 'sample',
             'count': count,
             'classes': args.num_classes,

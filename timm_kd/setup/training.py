@@ -17,6 +17,7 @@ from timm.task import (
 from timm.utils import NativeScaler
 from torch import nn
 
+from ..cli.checks import base_optimizer
 from ..cli.messages import as_given
 from ..cli.task_loss import is_multi_label, loss_kwargs
 from ..errors import UsageError, shortened
@@ -89,7 +90,7 @@ def create_task(setup: Setup, teacher: nn.Module | None) -> TrainingTask:
             task = TokenDistillationTask(
                 setup.student, TaskTeacher(teacher, setup.dtype), **kd.loss_parameters, **common)
         else:
-            second_order = get_optimizer_info(args.opt.lower().split('_')[-1]).second_order
+            second_order = get_optimizer_info(base_optimizer(args.opt)).second_order
             task = KDTask(
                 setup.student,
                 create_kd_loss(kd.loss, double_backward=second_order, **kd.loss_parameters),
