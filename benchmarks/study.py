@@ -1,9 +1,12 @@
 """Which loss teaches best: every loss at its defaults, then a small grid of its own knobs, over seeds.
 
-    python benchmarks/study.py DATA --teacher local-dir:TEACHER --out DIR [--seeds 3] [--epochs 30] [-- MORE FLAGS]
+    python benchmarks/study.py DATA --teacher local-dir:TEACHER --out DIR [--seeds 3] [--epochs 30] \\
+        [--grid-epochs 15] [-- MORE FLAGS]
 
-It can be stopped and started again: runs that are done are left as they are. The teacher's logits are computed once for
-each seed and read by all losses. The result is the report of `python -m timm_kd.report DIR/train`.
+The grid is trained with the first seed, into DIR/grid; the best setting of each loss there is then trained as the
+defaults were, into DIR/train. A study can be stopped and started again: runs that are done are left as they are. The
+teacher's logits are computed once for each seed and read by all losses. The results are the reports of `python -m
+timm_kd.report` on the two folders.
 """
 import argparse
 import os
@@ -12,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from timm_kd.losses import KD_LOSSES
@@ -23,14 +25,13 @@ from timm_kd.report.runs import read_run
 # One at a time, beside the defaults of the loss. Losses take those that they have a knob for.
 GRID = {
     'temperature': ('1', '2', '4', '8'),
-    'alpha': ('0.5', '2'),
     'beta': ('0.5', '2', '4'),
     'gamma': ('0.5', '1', '3.5'),
-    'correct-prob': ('0.9', '0.95'),
     'logit-std': (None,),
 }
 # For every loss: the share of the epochs over which it is faded in, and its weight beside the task's.
-WARM_UPS, WEIGHTS = (0, 1 / 3), (0.5, 2.0)
+WARM_UPS = {'none': 0, 'third': 1 / 3}
+WEIGHTS = ('0.5', '2')
 STUDENT = (
     '--img-size 64 --opt adamw --lr 2e-3 --weight-decay 0.05 --warmup-epochs 1 --smoothing 0 --color-jitter 0 -b 64 '
     '--channels-last'
@@ -46,30 +47,49 @@ def main() -> None:
     parser.add_argument('--losses', nargs='+', choices=[*KD_LOSSES], default=[*KD_LOSSES])
     parser.add_argument('--seeds', type=int, default=3, metavar='N')
     parser.add_argument('--epochs', type=int, default=30, metavar='N')
+    parser.add_argument('--grid-epochs', type=int, metavar='N', help='of a run of the grid (as many as the others)')
     parser.add_argument('--student', default='mobilenetv3_small_050', metavar='NAME')
     parser.add_argument('--num-classes', default='10', metavar='N')
     parser.add_argument('--no-grid', action='store_true', help='the losses at their defaults alone')
     words = sys.argv[1:]
     end = words.index('--') if '--' in words else len(words)
     study = Study(parser.parse_args(words[:end]), words[end + 1:])
-    for seed in study.seeds:  # a study that is stopped has compared all losses on the seeds so far
-        study.train('cross-entropy', [], [seed])
-        for loss in study.options.losses:
-            study.train(loss, ['--kd-loss', loss], [seed])
+    options, losses = study.options, study.options.losses
+    defaults = {'cross-entropy': [], **{loss: ['--kd-loss', loss] for loss in losses}}
+    for seed in range(options.seeds):  # a study that is stopped has compared all losses on the seeds so far
+        study.train('train', defaults, seed, options.epochs)
     study.wait()
-    if not study.options.no_grid:
-        grids = {loss: dict(study.grid(loss)) for loss in study.options.losses}
-        for loss, settings in grids.items():
-            for name, flags in settings.items():
-                study.train(f'{loss}-{name}', flags, study.seeds[:1])
+    if not options.no_grid:
+        epochs = options.grid_epochs or options.epochs
+        grids = {loss: dict(grid(loss, epochs)) for loss in losses}
+        for settings in [defaults, *grids.values()]:
+            study.train('grid', settings, 0, epochs)
         study.wait()
-        for loss, settings in grids.items():
-            best = max(settings, key=partial(study.top1_of, loss), default=None)
-            if best is not None:
-                study.train(f'{loss}-{best}', settings[best], study.seeds)
+        best = {loss: max(grids[loss], key=lambda name: study.top1_of('grid', f'{name}-0')) for loss in losses}
+        for seed in range(options.seeds):
+            study.train('train', {best[loss]: dict(grid(loss, options.epochs))[best[loss]] for loss in losses}, seed,
+                        options.epochs)
         study.wait()
-    runs = study.options.out / 'train'
-    raise SystemExit(report([str(runs), '--html', str(runs.parent / 'report.html')]))
+    folders = ['train'] if options.no_grid else ['grid', 'train']
+    raise SystemExit(max(
+        report([str(options.out / folder), '--html', str(options.out / f'{folder}.html')]) for folder in folders
+    ))
+
+
+def grid(loss: str, epochs: int) -> Iterable[tuple[str, list[str]]]:
+    """Yield name and flags of each setting of a loss beside its defaults, for a run of `epochs`."""
+    kd_loss, base = KD_LOSSES[loss], ['--kd-loss', loss]
+    own = kd_loss.hyper_parameters()
+    for knob, values in GRID.items():
+        default = own.get(knob.replace('-', '_'), ...)
+        for value in values if default is not ... else ():
+            if value is None or float(value) != default:
+                yield f'{loss}-{knob}-{value or "on"}', [*base, f'--kd-{knob}', *([value] if value else [])]
+    for name, share in WARM_UPS.items():
+        if share != kd_loss.default_warmup:
+            yield f'{loss}-warmup-{name}', [*base, '--kd-warmup-epochs', str(round(share * epochs))]
+    for weight in WEIGHTS:
+        yield f'{loss}-weight-{weight}', [*base, '--distill-loss-weight', weight]
 
 
 class Study:
@@ -78,53 +98,34 @@ class Study:
     def __init__(self, options: argparse.Namespace, further: list[str]):
         self.options = options
         self.further = further
-        self.seeds = list(range(options.seeds))
         self.pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
-        self.started = {}
+        self.runs = []
 
-    def grid(self, loss: str) -> Iterable[tuple[str, list[str]]]:
-        """Yield name and flags of each setting of a loss beside its defaults."""
-        base = ['--kd-loss', loss]
-        own = KD_LOSSES[loss].hyper_parameters()
-        for knob, values in GRID.items():
-            default = own.get(knob.replace('-', '_'), ...)
-            for value in values if default is not ... else ():
-                if value is None or float(value) != default:
-                    yield f'{knob}-{value or "on"}', [*base, f'--kd-{knob}', *([value] if value else [])]
-        for share in WARM_UPS:
-            epochs = str(round(share * self.options.epochs))
-            if float(epochs) != KD_LOSSES[loss].default_warmup_epochs(self.options.epochs):
-                yield f'warmup-{epochs}', [*base, '--kd-warmup-epochs', epochs]
-        for weight in WEIGHTS:
-            yield f'weight-{weight:g}', [*base, '--distill-loss-weight', f'{weight:g}']
-
-    def train(self, name: str, flags: list[str], seeds: list[int]) -> None:
-        """Queue a setting for some seeds."""
-        for seed in seeds:
-            experiment = f'{name}-{seed}'
-            if experiment not in self.started:
-                self.started[experiment] = self.pool.submit(self._run, experiment, flags, seed)
+    def train(self, folder: str, settings: dict[str, list[str]], seed: int, epochs: int) -> None:
+        """Queue a run of each setting (name -> flags)."""
+        for name, flags in settings.items():
+            self.runs.append(self.pool.submit(self._run, folder, f'{name}-{seed}', flags, seed, epochs))
 
     def wait(self) -> None:
         """Wait for what is queued; the first run that failed ends the study."""
-        for run in self.started.values():
+        for run in self.runs:
             run.result()
 
-    def top1_of(self, loss: str, setting: str) -> float:
-        """Return the last top-1 of a setting's first seed."""
-        return last('eval_top1')(read_run(self.options.out / 'train' / f'{loss}-{setting}-0'))
+    def top1_of(self, folder: str, experiment: str) -> float:
+        """Return the last top-1 of a run."""
+        return last('eval_top1')(read_run(self.options.out / folder / experiment))
 
-    def _run(self, experiment: str, flags: list[str], seed: int) -> None:
+    def _run(self, folder: str, experiment: str, flags: list[str], seed: int, epochs: int) -> None:
         options = self.options
         words = [
             sys.executable, 'train_kd.py', options.data, '--model', options.student,
             '--num-classes', options.num_classes, *shlex.split(STUDENT),
-            '--epochs', str(options.epochs), '--seed', str(seed), '--replayable-data', *flags,
-            '--output', str(options.out / 'train'), '--experiment', experiment, '--resume', 'auto', *self.further,
+            '--epochs', str(epochs), '--seed', str(seed), '--replayable-data', *flags,
+            '--output', str(options.out / folder), '--experiment', experiment, '--resume', 'auto', *self.further,
         ]
         if '--kd-loss' in flags and KD_LOSSES[flags[1]].needs_teacher:
             words += ['--teacher', options.teacher, '--teacher-cache', str(options.out / f'logits-{seed}')]
-        log = options.out / 'logs' / f'{experiment}.txt'
+        log = options.out / 'logs' / folder / f'{experiment}.txt'
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, 'w') as stream:
             environment = {'OMP_NUM_THREADS': '1', **os.environ}
@@ -132,7 +133,7 @@ class Study:
         if code:
             said = log.read_text().splitlines()[-3:]
             raise SystemExit('\n'.join([*said, f'{shlex.join(words)}: code {code}, {log}']))
-        print(f'{experiment}: top-1 {last("eval_top1")(read_run(options.out / "train" / experiment)):.2f}', flush=True)
+        print(f'{folder}/{experiment}: top-1 {self.top1_of(folder, experiment):.2f}', flush=True)
 
 
 if __name__ == '__main__':
