@@ -14,6 +14,7 @@ import timm
 import torch
 from timm.models import safe_model_name
 from timm.task import TrainingTask
+from timm.utils import NativeScaler
 from torch.utils.data import IterableDataset
 
 from .cli import parse_args
@@ -68,10 +69,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     _check_output(args)
     process = setup_process(args.device, args.device_modules)
     if args.push_to_hub and process.primary:
-        try:
-            check_access(args.push_to_hub, private=args.hub_private, revision=args.hub_revision)
-        except UsageError as error:
-            raise UsageError(f'--push-to-hub {error}') from None
+        _check_push(args)
     setup = set_up(args, args_text, process)
     args = setup.args
     loss_scaler = create_loss_scaler(setup)
@@ -95,19 +93,7 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     saver = summary = None
     if process.primary:
         _take_folder(output_dir, lock)  # only now: whatever can be refused was refused above, and leaves no folder
-        saver = AtomicSaver(
-            model=task.get_trainable_module(),
-            optimizer=optimizer,
-            args=args,
-            amp_scaler=loss_scaler,
-            checkpoint_dir=output_dir,
-            recovery_dir=output_dir,
-            decreasing=setup.eval_metric == 'loss',
-            max_history=args.checkpoint_hist,
-            task=task,
-        )
-        if start.in_place:
-            saver.continue_from(start.path)
+        saver = _create_saver(setup, start, output_dir, task, optimizer, loss_scaler)
         summary = Summary(Path(output_dir, 'summary.csv'), start.epoch if start.in_place else 0)
     if start.epoch >= num_epochs:
         _logger.info(f'All {num_epochs} epochs are done: nothing to train.')
@@ -118,22 +104,8 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
     if process.primary:
         write_atomically(Path(output_dir, 'args.yaml'), args_text)
         write_record(output_dir, record)
-    teacher_predictions = None
-    knows_classes = teacher is not None and (setup.kd.loss != 'feature' or teacher.num_classes == args.num_classes)
-    if knows_classes and not args.no_teacher_eval and setup.eval_loader is not None:
-        metrics, predictions = evaluate_run_teacher(setup, teacher)
-        for member, result in zip(record['teacher'], metrics, strict=True):
-            member.update(top1=result['top1'], top5=result['top5'])
-        # A stream is not certain to have the same order in each epoch.
-        teacher_predictions = None if isinstance(setup.eval_loader.dataset, IterableDataset) else predictions
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if process.distributed:
-        task.prepare_distributed(
-            device_ids=None if process.device.type == 'cpu' else [process.device],
-            **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}),
-        )
+    teacher_predictions = _evaluate_teacher(setup, teacher, record)
+    _wrap(setup, task)
 
     def note_time(timing: dict[str, float]) -> None:
         record['timing'].append(timing)
@@ -163,18 +135,30 @@ def run(args: argparse.Namespace, args_text: str, argv: list[str], lock: FolderL
             record['best'] = {'epoch': saver.best_epoch, 'metric': saver.best_metric}
         write_record(output_dir, record)
         _report(saver, history, record)
-        if args.push_to_hub and loop.interrupted:
-            _logger.warning(
-                f'--push-to-hub {args.push_to_hub}: the run was interrupted, so it is not pushed; '
-                f'python -m timm_kd.hub push {output_dir} {args.push_to_hub} pushes what there is.')
-        elif args.push_to_hub:
-            push_run(
-                output_dir,
-                args.push_to_hub,
-                private=args.hub_private,
-                revision=args.hub_revision,
-                license=args.hub_license,
-            )
+        if args.push_to_hub:
+            _push(args, output_dir, loop.interrupted)
+
+
+def _check_push(args: argparse.Namespace) -> None:
+    try:
+        check_access(args.push_to_hub, private=args.hub_private, revision=args.hub_revision)
+    except UsageError as error:
+        raise UsageError(f'--push-to-hub {error}') from None
+
+
+def _push(args: argparse.Namespace, output_dir: str, interrupted: bool) -> None:
+    if interrupted:
+        _logger.warning(
+            f'--push-to-hub {args.push_to_hub}: the run was interrupted, so it is not pushed; '
+            f'python -m timm_kd.hub push {output_dir} {args.push_to_hub} pushes what there is.')
+        return
+    push_run(
+        output_dir,
+        args.push_to_hub,
+        private=args.hub_private,
+        revision=args.hub_revision,
+        license=args.hub_license,
+    )
 
 
 def _output_dir(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
@@ -208,6 +192,62 @@ def _take_folder(output_dir: str, lock: FolderLock) -> None:
         raise UsageError(
             f'--experiment {os.path.basename(output_dir)}: another run is writing to {output_dir}: wait for its end or '
             'take another name.'
+        )
+
+
+def _create_saver(
+        setup: Setup,
+        start: StartPoint,
+        output_dir: str,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        loss_scaler: NativeScaler | None,
+) -> AtomicSaver:
+    """Create the saver of a run's checkpoints, which knows those that the run has in its folder already."""
+    saver = AtomicSaver(
+        model=task.get_trainable_module(),
+        optimizer=optimizer,
+        args=setup.args,
+        amp_scaler=loss_scaler,
+        checkpoint_dir=output_dir,
+        recovery_dir=output_dir,
+        decreasing=setup.eval_metric == 'loss',
+        max_history=setup.args.checkpoint_hist,
+        task=task,
+    )
+    if start.in_place:
+        saver.continue_from(start.path)
+    return saver
+
+
+def _evaluate_teacher(
+        setup: Setup,
+        teacher: Teacher | TeacherEnsemble | CachedTeacher | None,
+        record: dict[str, Any],
+) -> torch.Tensor | None:
+    """Put the teacher's metrics into the record; return its classes `[N]`, to which those of the student compare."""
+    args, loader = setup.args, setup.eval_loader
+    if teacher is None or loader is None or args.no_teacher_eval:
+        return None
+    if setup.kd.loss == 'feature' and teacher.num_classes != args.num_classes:
+        return None  # a teacher of features alone may know other classes
+    metrics, predictions = evaluate_run_teacher(setup, teacher)
+    for member, result in zip(record['teacher'], metrics, strict=True):
+        member.update(top1=result['top1'], top5=result['top5'])
+    # A stream is not certain to have the same order in each epoch.
+    return None if isinstance(loader.dataset, IterableDataset) else predictions
+
+
+def _wrap(setup: Setup, task: TrainingTask) -> None:
+    """Compile the task and spread it over its processes, where it is to be."""
+    args, process = setup.args, setup.process
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if process.distributed:
+        task.prepare_distributed(
+            device_ids=None if process.device.type == 'cpu' else [process.device],
+            **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}),
         )
 
 
