@@ -1,13 +1,15 @@
 """What the flags mean together, and on this machine: clashes, files that are not there, what timm cannot make of them.
 
 The range of a number and the names that a flag takes stand at the flag. Everything here is known before a model is
-built. Each rule below yields a sentence for what it finds wrong.
+built. Each rule below yields a sentence for what it finds wrong; `changed` are the flags that differ from their
+defaults.
 """
 import argparse
+import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,42 +24,48 @@ from ..data import find_class_map
 from ..errors import UsageError, nearest
 from ..losses import KD_LOSSES, create_kd_loss
 from .kd_flags import TIMM_DISTILLATION, KDSettings, knob_dests, named_teachers, resolve_kd
-from .messages import as_given
+from .messages import as_given, flag_name, given
 from .task_loss import check_task_loss, is_mixing, is_multi_label
 
 # Data sets that timm finds by name, for which a local folder is only the store; and those that it reads as a stream.
 _NAMED_DATASETS = ('hfds', 'hfids', 'tfds', 'wds', 'torch')
 _STREAMS = ('hfids', 'tfds', 'wds')
 
-# Flags of timm's script that are known here and refused.
-_REFUSED = {
-    'kd_loss_type': 'only kl, which is --kd-loss kd; --kd-loss chooses among the others.',
+# Flags, and those that act only beside them.
+_COMPANIONS = {
+    'pretrained': 'pretrained_path',
+    'torchcompile': 'torchcompile_mode',
+    'train_img_sizes': 'train_batch_sizes train_size_probs',
+    'class_stats': 'loss_weight_power loss_weight_beta loss_weight_max',
+    'naflex_loader': 'naflex_train_seq_lens naflex_max_seq_len naflex_patch_sizes naflex_loss_scale '
+                     'naflex_patchify_channels_first',
+    'naflex_patch_sizes': 'naflex_patch_size_probs',
+    'push_to_hub': 'hub_private hub_license hub_revision',
+    'teacher_class_map': 'teacher_class_map_missing',
+    'teacher_cache': 'teacher_cache_dtype teacher_cache_epochs teacher_cache_topk teacher_cache_rebuild',
 }
 
-# Flags that act only beside another one.
-_BELONGS_TO = {
-    'pretrained_path': 'pretrained',
-    'torchcompile_mode': 'torchcompile',
-    'train_batch_sizes': 'train_img_sizes',
-    'train_size_probs': 'train_img_sizes',
-    'loss_weight_power': 'class_stats',
-    'loss_weight_beta': 'class_stats',
-    'loss_weight_max': 'class_stats',
-    'naflex_train_seq_lens': 'naflex_loader',
-    'naflex_max_seq_len': 'naflex_loader',
-    'naflex_patch_sizes': 'naflex_loader',
-    'naflex_patch_size_probs': 'naflex_patch_sizes',
-    'naflex_loss_scale': 'naflex_loader',
-    'naflex_patchify_channels_first': 'naflex_loader',
-    'hub_private': 'push_to_hub',
-    'hub_license': 'push_to_hub',
-    'hub_revision': 'push_to_hub',
-    'teacher_class_map_missing': 'teacher_class_map',
-    'teacher_cache_dtype': 'teacher_cache',
-    'teacher_cache_epochs': 'teacher_cache',
-    'teacher_cache_topk': 'teacher_cache',
-    'teacher_cache_rebuild': 'teacher_cache',
-}
+# Flags, those that each of them does not go with, and why.
+_CLASHES = (
+    ('aug_splits', 'no_prefetcher', 'needs the prefetching loader'),
+    ('aug_splits', 'mixup cutmix cutmix_minmax', 'does not go with Mixup or CutMix'),
+    ('sync_bn', 'torchscript', 'cannot be scripted'),
+    ('torchcompile', 'torchscript', 'both compile the student'),
+    ('crops_per_image', 'aug_repeats aug_splits', 'both take an image several times'),
+    ('crops_per_image', 'train_img_sizes', 'the batches of --train-img-sizes need not hold whole images'),
+    ('crops_per_image', 'no_aug', 'with --no-aug all crops of an image are the same'),
+    ('train_img_sizes use_multi_epochs_loader aug_splits aug_repeats crops_per_image', 'naflex_loader',
+     'timm\'s NaFlex loader has nothing of the kind'),
+    ('no_prefetcher channels_last save_images torchscript', 'naflex_loader',
+     'a NaFlex batch is no tensor of images but a dict of patches'),
+    ('teacher_cache', 'naflex_loader',
+     'stored logits need images that come back as they were, and NaFlex draws cannot be replayed'),
+    ('replayable_data', 'naflex_loader', 'timm\'s NaFlex loader makes its draws by worker, not by image'),
+    ('teacher_img_size', 'naflex_loader', 'the images have no common size that a teacher could be shown'),
+    ('teacher_cache', 'train_img_sizes', 'stored logits belong to one image size'),
+    ('teacher_cache', 'aug_repeats aug_splits', 'stores one view of an image per epoch'),
+    ('kd_logit_std', 'teacher_class_map_missing', 'masked classes have no logit to standardise'),
+)
 
 # The flags that decide whether timm can make a schedule.
 _SCHEDULE_FLAGS = {
@@ -75,18 +83,16 @@ _SCHEDULE_FLAGS = {
 def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """Refuse what cannot make a sensible run.
 
-    Args:
-        args: The parsed namespace.
-        defaults: The default of each dest.
-
     Raises:
         UsageError: Naming the flag, its value and the way out.
     """
+    changed = {dest for dest, value in vars(args).items() if value != defaults[dest]}
+    if args.kd_warmup_epochs == 0:  # asks for nothing: it was the default, and stands in args.yaml of older plain runs
+        changed.discard('kd_warmup_epochs')
     rules = (
-        _refused(args, defaults), _belonging(args, defaults), _data(args), _files(args), _images(args),
-        _batches(args), _crops(args), _labels(args), check_task_loss(args, defaults), _compiling(args),
-        _optimizer(args), _schedule(args), _train_sizes(args), _naflex(args, defaults), _hub(args),
-        _distillation(args, defaults),
+        _pairs(args, changed), _data(args, changed), _files(args), _images(args), _batches(args), _crops(args),
+        _labels(args), check_task_loss(args, changed), _compiling(args), _optimizer(args), _schedule(args),
+        _train_sizes(args), _naflex(args), _extras(args), _distillation(args, changed),
     )
     for rule in rules:
         for sentence in rule:
@@ -96,9 +102,6 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
 def check_device(device: str) -> None:
     """Refuse a GPU that was asked for on a machine without one; by default such a machine trains on its CPU.
 
-    Args:
-        device: The value of `--device`.
-
     Raises:
         UsageError: torch finds no CUDA device.
     """
@@ -106,26 +109,26 @@ def check_device(device: str) -> None:
         raise UsageError(f'--device {device}: torch finds no CUDA device; --device cpu trains without one.')
 
 
-def _refused(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
-    for dest, value in vars(args).items():
-        if dest in _REFUSED and value != defaults[dest]:
-            yield f'{as_given(dest, value)}: {_REFUSED[dest]}'
-    if args.log_tensorboard and find_spec('tensorboard') is None:
-        yield '--log-tensorboard: tensorboard is not installed, pip install timm-kd[tensorboard].'
+def _pairs(args: argparse.Namespace, changed: Set[str]) -> Iterator[str]:
+    for owner, flags in _COMPANIONS.items():
+        for dest in flags.split():
+            if dest in changed and not getattr(args, owner):
+                yield f'{given(args, dest)}: belongs to {flag_name(owner)}, which is not given.'
+    for flags, others, reason in _CLASHES:
+        for dest, other in itertools.product(flags.split(), others.split()):
+            if {dest, other} <= changed:
+                yield f'{given(args, dest)}: {reason}, leave out this or {given(args, other)}.'
 
 
-def _belonging(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
-    for dest, owner in _BELONGS_TO.items():
-        value = getattr(args, dest)
-        if value != defaults[dest] and not getattr(args, owner):
-            yield f'{as_given(dest, value)}: belongs to {as_given(owner, True)}, which is not given.'
-
-
-def _data(args: argparse.Namespace) -> Iterator[str]:
+def _data(args: argparse.Namespace, changed: Set[str]) -> Iterator[str]:
     if args.data and args.data_dir and args.data != args.data_dir:
         yield f'two data folders, {args.data} and --data-dir {args.data_dir}: give one.'
-    data_dir = args.data_dir or args.data
-    if _kind_of_dataset(args) in _NAMED_DATASETS:
+    data_dir, kind = args.data_dir or args.data, _kind_of_dataset(args)
+    if kind in _STREAMS:
+        for dest in ('crops_per_image', 'naflex_loader', 'teacher_cache'):
+            if dest in changed:
+                yield f'{given(args, dest)}: needs a data set with indices, and --dataset {args.dataset} is a stream.'
+    if kind in _NAMED_DATASETS:
         return
     if not data_dir:
         yield 'no data set: give its folder (train-kd /data/imagenet ...), or --dataset hfds/NAME.'
@@ -159,11 +162,9 @@ def _images(args: argparse.Namespace) -> Iterator[str]:
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, dest)
         if value is not None and (len(value) != 2 or value[0] > value[1]):
-            yield f'{as_given(dest, value)}: expected two values, the least and the greatest.'
+            yield f'{given(args, dest)}: expected two values, the least and the greatest.'
     if args.aug_splits == 1:
         yield '--aug-splits 1: expected 0 (off), or at least 2 splits.'
-    if args.aug_splits and args.no_prefetcher:
-        yield f'--aug-splits {args.aug_splits}: needs the prefetching loader, leave out --no-prefetcher.'
     if args.split_bn and not (args.aug_splits or args.resplit):
         yield '--split-bn needs --aug-splits 2 or more.'
 
@@ -171,16 +172,14 @@ def _images(args: argparse.Namespace) -> Iterator[str]:
 def _batches(args: argparse.Namespace) -> Iterator[str]:
     dest = 'validation_batch_size' if args.validation_batch_size else 'batch_size'
     if args.tta and getattr(args, dest) % args.tta:
-        yield (f'{as_given(dest, getattr(args, dest))}: --tta {args.tta} averages so many neighbouring outputs of a '
+        yield (f'{given(args, dest)}: --tta {args.tta} averages so many neighbouring outputs of a '
                'batch, make it a multiple.')
     if args.split_bn and not args.aug_splits and args.batch_size % 2:
         yield f'--batch-size {args.batch_size}: --split-bn halves a batch and needs an even one.'
     if is_mixing(args) and not args.naflex_loader:
         dest = 'train_batch_sizes' if args.train_batch_sizes else 'batch_size'
         if any(batch_size % 2 for batch_size in args.train_batch_sizes or [args.batch_size]):
-            yield f'{as_given(dest, getattr(args, dest))}: Mixup and CutMix mix pairs and need an even batch size.'
-        if args.aug_splits:
-            yield f'--aug-splits {args.aug_splits}: does not go with Mixup or CutMix.'
+            yield f'{given(args, dest)}: Mixup and CutMix mix pairs and need an even batch size.'
 
 
 def _crops(args: argparse.Namespace) -> Iterator[str]:
@@ -194,16 +193,6 @@ def _crops(args: argparse.Namespace) -> Iterator[str]:
         yield (f'{crops}: --batch-size {args.batch_size} holds {images} images, and Mixup and CutMix, which mix the '
                'first row with the last, would mix the middle image with itself: make the batch a multiple of '
                f'{2 * args.crops_per_image}.')
-    if _kind_of_dataset(args) in _STREAMS:
-        yield f'{crops}: needs a data set with indices, and --dataset {args.dataset} is a stream.'
-    if args.aug_repeats:
-        yield f'{crops} --aug-repeats {args.aug_repeats:g}: both take an image several times, choose one.'
-    if args.train_img_sizes:
-        yield f'{crops}: the batches of --train-img-sizes need not hold whole images, leave out one of the two.'
-    if args.aug_splits:
-        yield f'{crops} --aug-splits {args.aug_splits}: both take an image several times, choose one.'
-    if args.no_aug:
-        yield f'{crops}: with --no-aug all crops of an image are the same, leave out one of the two.'
     if args.teacher_cache_epochs and args.teacher_cache_epochs % args.crops_per_image:
         yield (f'--teacher-cache-epochs {args.teacher_cache_epochs}: {args.crops_per_image} epochs in a row share the '
                f'images ({crops}), make it a multiple: the images of the others would never be seen.')
@@ -218,7 +207,7 @@ def _labels(args: argparse.Namespace) -> Iterator[str]:
     if not is_multi_label(args):
         if fields or args.target_format == 'multihot':
             dest = 'target_key' if fields else 'target_format'
-            yield f'{as_given(dest, getattr(args, dest))}: gives an image several labels, add --task multilabel.'
+            yield f'{given(args, dest)}: gives an image several labels, add --task multilabel.'
         if args.multilabel_threshold != 0.5:
             yield f'--multilabel-threshold {args.multilabel_threshold}: belongs to --task multilabel.'
         return
@@ -237,10 +226,6 @@ def _labels(args: argparse.Namespace) -> Iterator[str]:
 def _compiling(args: argparse.Namespace) -> Iterator[str]:
     if args.amp and args.model_dtype not in (None, 'float32'):
         yield f'--model-dtype {args.model_dtype}: AMP keeps the model in float32; leave out this or --amp.'
-    if args.torchscript and args.sync_bn:
-        yield '--sync-bn cannot be scripted: leave out this or --torchscript.'
-    if args.torchscript and args.torchcompile:
-        yield '--torchscript and --torchcompile: choose one.'
     backends = {dest: getattr(args, dest) for dest in ('torchcompile', 'teacher_compile') if getattr(args, dest)}
     if not backends:
         return
@@ -271,19 +256,18 @@ def _optimizer(args: argparse.Namespace) -> Iterator[str]:
     try:
         get_optimizer_info(name)
     except ValueError:
-        yield f'{as_given("opt", args.opt)}: timm has no such optimizer{nearest(name, list_optimizers())}.'
+        yield f'{given(args, "opt")}: timm has no such optimizer{nearest(name, list_optimizers())}.'
     for twice in sorted(set(args.opt_kwargs) & set(optimizer_kwargs(args))):
         by_flag = f'opt_{twice}' if twice in ('eps', 'betas') else twice
-        yield f'{as_given("opt_kwargs", args.opt_kwargs)}: {twice} is set by {as_given(by_flag, True)}.'
+        yield f'{given(args, "opt_kwargs")}: {twice} is set by {flag_name(by_flag)}.'
     kwargs = dict(optimizer_kwargs(args), lr=args.lr or args.lr_base, **args.opt_kwargs)
     try:
         create_optimizer_v2([torch.zeros(2, 2, requires_grad=True)], **kwargs)
     except IndexError:
-        yield f'{as_given("opt_betas", args.opt_betas)}: too few for --opt {args.opt}.'
+        yield f'{given(args, "opt_betas")}: too few for --opt {args.opt}.'
     except (TypeError, ValueError, AssertionError, ImportError) as error:
-        given = [as_given(dest, getattr(args, dest)) for dest in ('opt', 'opt_kwargs', 'opt_eps', 'opt_betas')
-                 if getattr(args, dest) not in (None, {})]
-        yield f'{" ".join(given)}: timm cannot make such an optimizer ({error}).'
+        flags = given(args, 'opt', 'opt_kwargs', 'opt_eps', 'opt_betas')
+        yield f'{flags}: timm cannot make such an optimizer ({error}).'
     except RuntimeError:
         pass  # a matter of the device (fused=True): the real parameters will tell
 
@@ -292,7 +276,7 @@ def _schedule(args: argparse.Namespace) -> Iterator[str]:
     """Yield what timm's factory refuses, and a schedule that has no rate for its first or last epoch."""
     for dest in ('lr_decay_fn', 'lr_stable_timescale'):
         if getattr(args, dest) is not None and args.sched not in ('wsd', 'rsqrt'):
-            yield f'{as_given(dest, getattr(args, dest))}: is for --sched wsd and rsqrt, not {args.sched}.'
+            yield f'{given(args, dest)}: is for --sched wsd and rsqrt, not {args.sched}.'
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     updates = 1000  # an epoch: not known yet, but enough to round none of the lengths to 0
     try:
@@ -305,13 +289,12 @@ def _schedule(args: argparse.Namespace) -> Iterator[str]:
             if not math.isfinite(optimizer.param_groups[0]['lr']):
                 raise ValueError(f'the learning rate of epoch {epoch} is not finite')
     except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-        flags = {dest: getattr(args, dest) for dest in _SCHEDULE_FLAGS[args.sched]}
-        unset = [dest for dest, value in flags.items() if value is None or value is False]
-        given = ' '.join(as_given(dest, value) for dest, value in flags.items() if dest not in unset)
-        without = f' without {", ".join(as_given(dest, True) for dest in unset)}' if unset else ''
+        flags = _SCHEDULE_FLAGS[args.sched]
+        unset = [flag_name(dest) for dest in flags if not given(args, dest)]
+        without = f' without {", ".join(unset)}' if unset else ''
         reason = str(error.args[-1]).rstrip('.') if error.args else type(error).__name__
-        yield (f'--sched {args.sched} {given}{without}: timm cannot make this schedule ({reason}), change one of these '
-               'flags.')
+        yield (f'{given(args, "sched", *flags)}{without}: timm cannot make this schedule ({reason}), change one of '
+               'these flags.')
     if args.stop_epoch is not None and args.stop_epoch > num_epochs:
         yield (f'--stop-epoch {args.stop_epoch}: the schedule of --epochs {args.epochs} ends after {num_epochs} '
                'epochs, lower this or raise --epochs.')
@@ -322,65 +305,51 @@ def _train_sizes(args: argparse.Namespace) -> Iterator[str]:
     for dest in ('train_batch_sizes', 'train_size_probs'):
         value = getattr(args, dest)
         if value is not None and len(value) != len(sizes):
-            yield f'{as_given(dest, value)}: expected one value for each of the {len(sizes)} --train-img-sizes.'
+            yield f'{given(args, dest)}: expected one value for each of the {len(sizes)} --train-img-sizes.'
     if args.train_size_probs is not None and not any(args.train_size_probs):
-        yield f'{as_given("train_size_probs", args.train_size_probs)}: expected a value above 0 among them.'
+        yield f'{given(args, "train_size_probs")}: expected a value above 0 among them.'
     if args.train_size_schedule == 'progressive' and len(sizes) < 2:
         yield '--train-size-schedule progressive needs two or more --train-img-sizes.'
 
 
-def _naflex(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
+def _naflex(args: argparse.Namespace) -> Iterator[str]:
     if not args.naflex_loader:
         return
-    reasons = {
-        **dict.fromkeys(('train_img_sizes', 'use_multi_epochs_loader', 'aug_splits', 'aug_repeats', 'crops_per_image'),
-                        'timm\'s NaFlex loader has nothing of the kind'),
-        **dict.fromkeys(('no_prefetcher', 'channels_last', 'save_images', 'torchscript'),
-                        'a NaFlex batch is no tensor of images but a dict of patches'),
-        'teacher_cache': 'stored logits need images that come back as they were, and NaFlex draws cannot be replayed',
-        'replayable_data': 'timm\'s NaFlex loader makes its draws by worker, not by image',
-        'teacher_img_size': 'the images have no common size that a teacher could be shown',
-    }
-    for dest, reason in reasons.items():
-        if getattr(args, dest) != defaults[dest]:
-            yield f'{as_given(dest, getattr(args, dest))}: {reason}, leave out this or --naflex-loader.'
     if args.cutmix_minmax and not (args.mixup or args.cutmix):
-        yield f'{as_given("cutmix_minmax", args.cutmix_minmax)}: NaFlex Mixup has no such box, take --cutmix.'
-    if _kind_of_dataset(args) in _STREAMS:
-        yield f'--naflex-loader: needs a data set with indices, and --dataset {args.dataset} is a stream.'
+        yield f'{given(args, "cutmix_minmax")}: NaFlex Mixup has no such box, take --cutmix.'
     sizes, probs = args.naflex_patch_sizes or [], args.naflex_patch_size_probs
     if probs is not None and (len(probs) != len(sizes) or not any(probs)):
-        yield (f'{as_given("naflex_patch_size_probs", probs)}: expected one value for each of the {len(sizes)} '
+        yield (f'{given(args, "naflex_patch_size_probs")}: expected one value for each of the {len(sizes)} '
                '--naflex-patch-sizes, and one above 0.')
 
 
-def _hub(args: argparse.Namespace) -> Iterator[str]:
+def _extras(args: argparse.Namespace) -> Iterator[str]:
+    if args.log_tensorboard and find_spec('tensorboard') is None:
+        yield '--log-tensorboard: tensorboard is not installed, pip install timm-kd[tensorboard].'
     try:
         if args.push_to_hub is not None:
             validate_repo_id(args.push_to_hub)
     except HFValidationError as error:
-        yield f'{as_given("push_to_hub", args.push_to_hub)}: {error}'
+        yield f'{given(args, "push_to_hub")}: {error}'
 
 
-def _distillation(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
+def _distillation(args: argparse.Namespace, changed: Set[str]) -> Iterator[str]:
     if args.teacher and args.kd_model_name and args.kd_model_name != args.teacher:
         yield f'--kd-model-name {args.kd_model_name} beside {_teacher_flag(args)}: name one teacher.'
     settings = resolve_kd(args)
     if settings is not None:
-        yield from _kd_loss(args, settings, defaults)
+        yield from _kd_loss(args, settings, changed)
     else:
         weights = 'task_loss_weight', 'distill_loss_weight', 'kd_warmup_epochs'
         for dest in ('kd_distill_type', *_parameter_dests(), *weights):
-            # A warm-up of 0 asks for nothing: it was the default, and stands in the args.yaml of older plain runs.
-            if getattr(args, dest) not in (defaults[dest], *([0] if dest == 'kd_warmup_epochs' else [])):
-                yield (f'{as_given(dest, getattr(args, dest))}: there is nothing to distil, add --teacher SPEC or '
-                       '--kd-loss NAME.')
+            if dest in changed:
+                yield f'{given(args, dest)}: there is nothing to distil, add --teacher SPEC or --kd-loss NAME.'
     if settings is not None and settings.teacher is not None:
         yield from _teacher(args)
     else:
-        for dest, value in vars(args).items():
-            if (dest.startswith('teacher_') or dest == 'no_teacher_eval') and value != defaults[dest]:
-                yield f'{as_given(dest, value)}: there is no teacher, add --teacher SPEC or leave this out.'
+        for dest in vars(args):
+            if dest in changed and dest.startswith(('teacher_', 'no_teacher_eval')):
+                yield f'{given(args, dest)}: there is no teacher, add --teacher SPEC or leave this out.'
 
 
 def _parameter_dests() -> list[str]:
@@ -388,18 +357,18 @@ def _parameter_dests() -> list[str]:
     return list(dict.fromkeys([*knob_dests(), *(dest for own in TIMM_DISTILLATION.values() for dest in own)]))
 
 
-def _kd_loss(args: argparse.Namespace, settings: KDSettings, defaults: dict[str, Any]) -> Iterator[str]:
+def _kd_loss(args: argparse.Namespace, settings: KDSettings, changed: Set[str]) -> Iterator[str]:
     if settings.loss in TIMM_DISTILLATION:
-        chosen, further = f'--kd-distill-type {settings.loss}', _timm_distillation
+        chosen, further = f'--kd-distill-type {settings.loss}', _timm_distillation(args, settings, changed)
         known = list(TIMM_DISTILLATION[settings.loss])
     else:
-        chosen, further = f'--kd-loss {settings.loss}', _logit_distillation
+        chosen, further = f'--kd-loss {settings.loss}', _logit_distillation(args, settings)
         known = [dest for dest, knob in knob_dests().items() if knob in KD_LOSSES[settings.loss].hyper_parameters()]
     for dest in _parameter_dests():
-        if getattr(args, dest) != defaults[dest] and dest not in known:
-            its_own = f'which has {", ".join(as_given(dest, True) for dest in known)}' if known else 'which has none'
-            yield f'{as_given(dest, getattr(args, dest))}: no parameter of {settings.loss}, {its_own}.'
-    yield from further(args, settings)
+        if dest in changed and dest not in known:
+            its_own = ', '.join(map(flag_name, known)) or 'none'
+            yield f'{given(args, dest)}: no parameter of {settings.loss}, which has {its_own}.'
+    yield from further
     if settings.distill_loss_weight < 0:
         yield (f'--task-loss-weight {args.task_loss_weight} leaves the distillation loss a weight of '
                f'{settings.distill_loss_weight:g}: give --distill-loss-weight too.')
@@ -409,7 +378,7 @@ def _kd_loss(args: argparse.Namespace, settings: KDSettings, defaults: dict[str,
         yield f'--num-classes 1: {chosen} compares classes and needs at least 2.'
 
 
-def _timm_distillation(args: argparse.Namespace, settings: KDSettings) -> Iterator[str]:
+def _timm_distillation(args: argparse.Namespace, settings: KDSettings, changed: Set[str]) -> Iterator[str]:
     """Yield what goes with the distillation of logits alone."""
     chosen = f'--kd-distill-type {settings.loss}'
     if args.kd_loss not in (None, 'kd'):
@@ -417,21 +386,22 @@ def _timm_distillation(args: argparse.Namespace, settings: KDSettings) -> Iterat
                'overrides a config file).')
     if settings.teacher is None:
         yield f'{chosen} needs a teacher: add --teacher SPEC.'
-    if args.kd_warmup_epochs:
-        yield f'--kd-warmup-epochs {args.kd_warmup_epochs}: {chosen} is timm\'s, without a warm-up; leave it out.'
     if settings.loss == 'token' and args.kd_token_distill_type == 'hard' and args.kd_temperature is not None:
         yield f'--kd-temperature {args.kd_temperature}: --kd-token-distill-type hard has none, leave it out.'
-    if args.teacher_cache:
-        yield (f'{as_given("teacher_cache", args.teacher_cache)}: is for logits by --kd-loss, and {chosen} asks the '
-               'live teacher; leave out one of the two.')
-    if args.naflex_loader:
-        yield f'--naflex-loader: {chosen} takes images, not patches; leave out one of the two.'
-    if args.torchscript:
-        yield f'--torchscript: {chosen} has to look into the student, which a script hides; leave it out.'
-    if settings.loss == 'feature' and args.teacher_class_map:
-        yield f'{as_given("teacher_class_map", args.teacher_class_map)}: {chosen} compares no classes; leave it out.'
-    if settings.loss == 'token' and args.teacher_class_map_missing == 'mask':
-        yield f'--teacher-class-map-missing mask: {chosen} needs a logit of every class; leave it out.'
+    own = {
+        'feature': {'teacher_class_map': 'compares no classes'},
+        'token': {'teacher_class_map_missing': 'needs a logit of every class'},
+    }
+    reasons = {
+        'kd_warmup_epochs': 'is timm\'s, without a warm-up',
+        'teacher_cache': 'asks the live teacher, and stored logits are for --kd-loss',
+        'naflex_loader': 'takes images, not patches',
+        'torchscript': 'has to look into the student, which a script hides',
+        **own[settings.loss],
+    }
+    for dest, reason in reasons.items():
+        if dest in changed:
+            yield f'{given(args, dest)}: {chosen} {reason}; leave it out.'
     if settings.loss == 'feature' and len(named_teachers(args)) > 1:
         yield f'{_teacher_flag(args)}: {chosen} learns the features of one teacher; leave out the others.'
 
@@ -446,7 +416,7 @@ def _logit_distillation(args: argparse.Namespace, settings: KDSettings) -> Itera
                'overrides a config file).')
     for dest, knob in knob_dests().items():
         if knob in settings.loss_parameters and settings.teacher is not None and knob in loss.knobs_without_teacher:
-            yield (f'{as_given(dest, getattr(args, dest))}: stands in for a teacher of {settings.loss}, and there is '
+            yield (f'{given(args, dest)}: stands in for a teacher of {settings.loss}, and there is '
                    f'{_teacher_flag(args)}: leave out one.')
     try:
         create_kd_loss(settings.loss, **settings.loss_parameters)
@@ -459,23 +429,10 @@ def _teacher(args: argparse.Namespace) -> Iterator[str]:
     if not args.teacher_cache and not any(os.path.isfile(os.path.expanduser(spec)) for spec in named_teachers(args)):
         for dest in ('teacher_model', 'teacher_ema'):
             if getattr(args, dest):
-                yield (f'{_teacher_flag(args)} is no file, and {as_given(dest, getattr(args, dest))} is for a teacher '
-                       'that is a weights file.')
+                yield (f'{_teacher_flag(args)} is no file, and {given(args, dest)} is for a teacher that is a weights '
+                       'file.')
     if args.teacher_dtype == 'amp' and not args.amp:
         yield '--teacher-dtype amp: is the autocast of the student, add --amp or choose a dtype.'
-    if args.teacher_class_map_missing == 'mask' and args.kd_logit_std:
-        yield ('--kd-logit-std: masked classes have no logit to standardise, leave out this or '
-               '--teacher-class-map-missing mask.')
-    if args.teacher_cache is not None:
-        cache = as_given('teacher_cache', args.teacher_cache)
-        if args.train_img_sizes:
-            yield f'{cache}: stored logits belong to one image size, leave out --train-img-sizes.'
-        for dest in ('aug_repeats', 'aug_splits'):
-            if getattr(args, dest):
-                yield (f'{cache}: stores one view of an image per epoch, leave out '
-                       f'{as_given(dest, getattr(args, dest))}.')
-        if _kind_of_dataset(args) in _STREAMS:
-            yield f'{cache}: needs a data set with indices, and --dataset {args.dataset} is a stream.'
 
 
 def _teacher_flag(args: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ..losses import KD_LOSSES
 from ..teacher.classmap import NAMED_MAPS
 from ..teacher.fast import TEACHER_DTYPES
-from .parser import Flag, count, flag, kwargs_flag, not_negative, number, switch, whole
+from .parser import Flag, count, flag, kwargs_flag, not_negative, number, one_of, switch, whole
 
 # timm's own distillation tasks: the flags that set each, and the argument of the task that each flag is.
 TIMM_DISTILLATION = {
@@ -81,7 +81,10 @@ def kd_flags() -> dict[str, list[Flag]]:
                 help='logit, by --kd-loss; or timm\'s own: feature (squared error of the pooled features), token (the '
                      'head that distilled DeiTs have for the teacher)',
             ),
-            flag('--kd-loss-type', type=str, default='kl', help='kl (see --kd-loss)'),
+            flag(
+                '--kd-loss-type', default='kl', help='kl (see --kd-loss)',
+                type=one_of('kl', reason='only kl, which is --kd-loss kd; --kd-loss chooses among the others'),
+            ),
             flag('--kd-student-feature-dim', type=count, help='feature: width of the student\'s (unset: looked up)'),
             flag('--kd-teacher-feature-dim', type=count, help='feature: width of the teacher\'s (unset: looked up)'),
             flag(

@@ -1,23 +1,37 @@
 """How errors speak of flags: those of the library, which speaks of its arguments, in the script's words."""
+import argparse
 import re
 from typing import Any
 
 
+def flag_name(dest: str) -> str:
+    """Return a flag as on the command line: `--mean`."""
+    return '--local_rank' if dest == 'local_rank' else f'--{dest.replace("_", "-")}'
+
+
 def as_given(dest: str, value: Any) -> str:
     """Return a flag and its value as on the command line: `--mean 0.5 0.5`."""
-    name = '--local_rank' if dest == 'local_rank' else f'--{dest.replace("_", "-")}'
     if value is True:
-        return name
+        return flag_name(dest)
     if isinstance(value, dict):
         value = [f'{key}={item}' for key, item in value.items()]
-    return f'{name} {" ".join(str(item) or repr("") for item in (value if isinstance(value, list) else [value]))}'
+    words = [str(item) or repr('') for item in (value if isinstance(value, list) else [value])]
+    return ' '.join([flag_name(dest), *words])
+
+
+def given(args: argparse.Namespace, *dests: str) -> str:
+    """Return flags and their values as on the command line, without those that are not set."""
+    values = {dest: getattr(args, dest) for dest in dests}
+    unset = {dest for dest, value in values.items() if value is False or value in (None, {})}
+    return ' '.join(as_given(dest, value) for dest, value in values.items() if dest not in unset)
 
 
 # The arguments that errors of the library name in backticks, and the flags that set them.
 _FLAGS = {
+    **{name: flag_name(name) for name in (
+        'mean', 'std', 'train_split', 'val_split', 'num_classes', 'target_key', 'target_format', 'batch_size', 'device',
+        'device_modules', 'lr', 'clip_grad')},
     # of `Teacher`
-    'mean': '--mean',
-    'std': '--std',
     'model': '--teacher-model',
     'model_kwargs': '--teacher-kwargs',
     'use_ema': '--teacher-ema',
@@ -31,20 +45,9 @@ _FLAGS = {
     'rebuild': '--teacher-cache-rebuild',
     # of `create_datasets` and `create_train_data`
     'name': '--dataset',
-    'train_split': '--train-split',
-    'val_split': '--val-split',
-    'num_classes': '--num-classes',
-    'target_key': '--target-key',
-    'target_format': '--target-format',
-    'batch_size': '--batch-size',
     'num_aug_repeats': '--aug-repeats',
     're_mode': '--remode',
     'replay_seed': '--replayable-data',
-    # of `setup_process` and of training
-    'device': '--device',
-    'device_modules': '--device-modules',
-    'lr': '--lr',
-    'clip_grad': '--clip-grad',
 }
 # What the library's errors name with its value in quotes, and the flags that take that value.
 _QUOTED = {'teacher': '--teacher', 'teacher cache': '--teacher-cache', 'class map': '--class-map'}

@@ -1,6 +1,6 @@
 """The task loss: the flags that choose and set it, and what timm's factory is given of them."""
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from timm.loss import (
@@ -14,7 +14,7 @@ from timm.loss import (
 from timm.task import MultiLabelClassificationEvaluator
 
 from ..errors import shortened
-from .messages import as_given
+from .messages import given
 from .parser import Flag, flag, not_negative, number, positive
 
 SINGLE_LABEL_LOSS_TYPES = tuple(loss for loss in LOSS_TYPES if loss not in ('twoway', 'zlpr', 'db'))
@@ -140,8 +140,8 @@ def is_mixing(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def check_task_loss(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the flags of the task loss."""
+def check_task_loss(args: argparse.Namespace, changed: Set[str]) -> Iterator[str]:
+    """Yield what is wrong with the flags of the task loss; `changed` are those that differ from their defaults."""
     multi_label = is_multi_label(args)
     flags = task_loss_flags(args)
     if len(set(flags.values())) > 1:
@@ -157,24 +157,22 @@ def check_task_loss(args: argparse.Namespace, defaults: dict[str, Any]) -> Itera
     if loss == 'db' and not args.class_stats:
         yield f'{chosen}: needs --class-stats FILE, the images of each class.'
     for dest, owners in LOSS_PARAMETERS.items():
-        if getattr(args, dest) != defaults[dest] and loss not in owners[multi_label]:
+        if dest in changed and loss not in owners[multi_label]:
             its_own = ' or '.join(f'--loss {owner}' for owner in owners[multi_label])
             way_out = its_own or f'--task multilabel --loss {owners[True][0]}'
-            yield f'{as_given(dest, getattr(args, dest))}: no parameter of {loss}, add {way_out} or leave it out.'
-    weights = {dest: getattr(args, dest) for dest in ('loss_class_weight', 'loss_pos_weight') if getattr(args, dest)}
+            yield f'{given(args, dest)}: no parameter of {loss}, add {way_out} or leave it out.'
     if args.bce_pos_weight is not None and args.loss_pos_weight not in ('', str(args.bce_pos_weight)):
-        yield (f'{as_given("bce_pos_weight", args.bce_pos_weight)} beside '
-               f'{as_given("loss_pos_weight", args.loss_pos_weight)}: say it once.')
-    if args.class_stats and loss != 'db' and not set(weights.values()) & set(CLASS_WEIGHT_METHODS):
-        yield (f'{as_given("class_stats", args.class_stats)}: no weight is made of it, add --loss-pos-weight neg_pos, '
+        yield f'{given(args, "bce_pos_weight")} beside {given(args, "loss_pos_weight")}: say it once.'
+    weights = {args.loss_class_weight, args.loss_pos_weight}
+    if args.class_stats and loss != 'db' and weights.isdisjoint(CLASS_WEIGHT_METHODS):
+        yield (f'{given(args, "class_stats")}: no weight is made of it, add --loss-pos-weight neg_pos, '
                'or --loss-class-weight inv_freq or effective_num.')
     for dest in ('mixup', 'cutmix', 'cutmix_minmax'):
         if getattr(args, dest) and (loss in ('twoway', 'zlpr') or (loss == 'asl' and not multi_label)):
-            yield f'{chosen}: needs targets that are not mixed, leave out {as_given(dest, getattr(args, dest))}.'
+            yield f'{chosen}: needs targets that are not mixed, leave out {given(args, dest)}.'
     try:
         create_classification_loss(**loss_kwargs(args))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        stats = {'class_stats': args.class_stats} if args.class_stats else {}
-        given = ' '.join(as_given(dest, value) for dest, value in {**weights, **stats}.items())
-        yield (f'{given or chosen}: {shortened(error).rstrip(".")}; a weight is a number, a list such as 1,2,3, a file '
-               f'with one of these, or beside --class-stats FILE {" or ".join(CLASS_WEIGHT_METHODS)}.')
+        flags = [dest for dest in ('loss_class_weight', 'loss_pos_weight', 'class_stats') if getattr(args, dest)]
+        yield (f'{given(args, *flags) or chosen}: {shortened(error).rstrip(".")}; a weight is a number, a list such as '
+               f'1,2,3, a file with one of these, or beside --class-stats FILE {" or ".join(CLASS_WEIGHT_METHODS)}.')

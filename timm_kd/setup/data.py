@@ -9,7 +9,7 @@ import torch
 from PIL import ImageMode
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..cli.messages import as_given
+from ..cli.messages import given
 from ..cli.task_loss import is_mixing, is_multi_label
 from ..data import (
     DataConfig,
@@ -69,7 +69,7 @@ def create_data(
         trust_remote_code=args.dataset_trust_remote_code,
         **(_label_options(args) if is_multi_label(args) else {}),
     )
-    keys = [as_given(dest, getattr(args, dest)) for dest in ('input_key', 'target_key') if getattr(args, dest)]
+    keys = [given(args, dest) for dest in ('input_key', 'target_key') if getattr(args, dest)]
     if (is_multi_label(args) or keys) and not isinstance(train_set, IterableDataset):
         try:
             train_set[0]  # a field that is not there, and labels of the wrong kind, are seen in any image

@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..cli import resolve_kd
-from ..cli.messages import as_given
+from ..cli.messages import given
 from ..data import DataConfig, blank_patches
 from ..errors import UsageError, explain, few, shortened
 from ..files import load_file
@@ -175,7 +175,7 @@ def _check_forward(
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
             flags = ['in_chans', 'gp', 'model_kwargs']
             flags += ['naflex_patch_sizes'] if args.naflex_loader else ['input_size', 'img_size', 'train_img_sizes']
-            suspects = [as_given(dest, getattr(args, dest)) for dest in flags if getattr(args, dest) not in (None, {})]
+            suspects = [given(args, dest) for dest in flags if given(args, dest)]
             suspects += ['--batch-size 1'] if num_images == 1 else []
             usual = '--model (to naflexvit_base_patch16_gap, say)' if args.naflex_loader else '--img-size'
             raise UsageError(

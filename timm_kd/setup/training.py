@@ -18,7 +18,7 @@ from timm.utils import NativeScaler
 from torch import nn
 
 from ..cli.checks import base_optimizer
-from ..cli.messages import as_given
+from ..cli.messages import given
 from ..cli.task_loss import is_multi_label, loss_kwargs
 from ..errors import UsageError, shortened
 from ..losses import create_kd_loss
@@ -39,7 +39,7 @@ def create_optimizer(setup: Setup, task: TrainingTask) -> torch.optim.Optimizer:
     try:
         optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except RuntimeError as error:  # the device lacks what --opt-kwargs asks for (fused=True)
-        raise UsageError(f'{as_given("opt_kwargs", args.opt_kwargs)}: {shortened(error)}') from error
+        raise UsageError(f'{given(args, "opt_kwargs")}: {shortened(error)}') from error
     # timm's factory puts weight decay into the parameter groups and leaves a zero among the defaults.
     defaults = {**optimizer.defaults, 'weight_decay': args.weight_decay}
     _logger.info(
@@ -73,7 +73,7 @@ def create_task(setup: Setup, teacher: nn.Module | None) -> TrainingTask:
         entries = loss.get(name)
         if isinstance(entries, torch.Tensor) and len(entries) != args.num_classes:
             raise UsageError(
-                f'{as_given(dest, getattr(args, dest))}: has {len(entries)} entries but the model has '
+                f'{given(args, dest)}: has {len(entries)} entries but the model has '
                 f'{args.num_classes} classes.')
     criterion = create_classification_loss(**loss)
     kd, process = setup.kd, setup.process
@@ -110,20 +110,19 @@ def create_task(setup: Setup, teacher: nn.Module | None) -> TrainingTask:
 
 def _feature_task(setup: Setup, teacher: TaskTeacher, **options: Any) -> FeatureDistillationTask:
     """Make timm's task, which projects the student's features to the width of the teacher's, and try it on no image."""
-    widths = setup.kd.loss_parameters
-    given = ' '.join(as_given(f'kd_{name}', width) for name, width in widths.items() if width is not None)
+    flags = given(setup.args, 'kd_distill_type', 'kd_student_feature_dim', 'kd_teacher_feature_dim')
     try:
-        task = FeatureDistillationTask(setup.student, teacher, **widths, **options)
+        task = FeatureDistillationTask(setup.student, teacher, **setup.kd.loss_parameters, **options)
         with preserved_random_state(), torch.no_grad(), setup.steps.autocast():
             images = torch.zeros(2, *setup.data_config['input_size'], device=setup.process.device, dtype=setup.dtype)
             features = task.eval().trainable_module(images)[1], teacher(images, return_features=True)
     except UsageError:
         raise
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f'--kd-distill-type feature {given}: {shortened(error)}') from error
+        raise UsageError(f'{flags}: {shortened(error)}') from error
     if features[0].shape != features[1].shape:
         raise UsageError(
-            f'--kd-distill-type feature {given}: --model {setup.args.model} gives features of shape '
+            f'{flags}: --model {setup.args.model} gives features of shape '
             f'{list(features[0].shape[1:])} for an image, the teacher {list(features[1].shape[1:])}; '
             '--kd-student-feature-dim and --kd-teacher-feature-dim are their widths.')
     return task
