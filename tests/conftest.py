@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import Run, read_digits, run_script
-from PIL import Image
+from helpers import Run, read_digits, run_script, save_digit
 from timm.models import save_for_hf
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -25,15 +24,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageFolder of real digits, 32x32 PNGs: `train/<class>` with 16 images each, `validation/<class>` with 10."""
     root = tmp_path_factory.mktemp('data') / 'digits'
     images, classes = read_digits()
-    pixels = (images[:, 0] * 255).byte().numpy()
     for label in range(10):
-        own = pixels[classes == label]
-        for split, first, count in (('train', 0, TRAIN_IMAGES), ('validation', TRAIN_IMAGES, VALIDATION_IMAGES)):
-            folder = root / split / str(label)
-            folder.mkdir(parents=True)
-            for index, image in enumerate(own[first:first + count]):
-                picture = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
-                picture.convert('RGB').save(folder / f'{index:03d}.png')
+        train, validation, _ = images[classes == label].tensor_split([TRAIN_IMAGES, TRAIN_IMAGES + VALIDATION_IMAGES])
+        for split, own in {'train': train, 'validation': validation}.items():
+            for index, image in enumerate(own):
+                save_digit(image, root / split / str(label) / f'{index:03d}.png')
     return root
 
 

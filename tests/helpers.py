@@ -16,6 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -52,6 +53,13 @@ def digits_batch(size: int = 8, first: int = 0) -> tuple[torch.Tensor, torch.Ten
     """Return digits `[size, 3, 32, 32]`, normalised with mean and deviation 0.5, and their classes `[size]`."""
     images, classes = (part[first:first + size] for part in read_digits())
     return (interpolate(images, (32, 32)).repeat(1, 3, 1, 1) - 0.5) / 0.5, classes
+
+
+def save_digit(image: torch.Tensor, path: Path) -> None:
+    """Save one of `read_digits`, `[1, 8, 8]`, as a PNG of 32x32 pixels in three channels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray((image[0] * 255).byte().numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+    picture.convert('RGB').save(path)
 
 
 class RunsCode:

@@ -3,7 +3,6 @@
 Runs where the environment variable TIMM_TRAIN names timm's `train.py`, of a checkout that suits the installed timm:
 `TIMM_TRAIN=pytorch-image-models/train.py python -m pytest -m soak tests/test_beside_timm.py`.
 """
-import csv
 import importlib.util
 import os
 import random
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Process, build
+from helpers import Process, Run, build
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from timm.task.distillation import DistillationTeacher
@@ -186,7 +185,7 @@ def test_losses_and_rates_are_those_of_timms_script(flags, digits, teachers, tmp
     argv = shlex.split(f'{digits} --num-classes 10 --device cpu --output {tmp_path} {size} {flags}')
     run = Process(run_both, (os.environ['TIMM_TRAIN'], argv), tmp_path / 'printed', dict(OMP_NUM_THREADS='1'))
     assert run.wait(300) == 0, f'{flags}\n{run.stderr[-3000:]}'
-    theirs, ours = (read_summary(tmp_path / name / 'summary.csv') for name in ('timm', 'ours'))
+    theirs, ours = (Run(tmp_path / name).rows for name in ('timm', 'ours'))
     assert [row['epoch'] for row in ours] == [row['epoch'] for row in theirs]
     # By logits this project has a loss of its own, in float32 and with another rounding: training makes more of it.
     logits, bfloat16 = '--kd-distill-type logit' in flags, '--model-dtype bfloat16' in flags
@@ -197,8 +196,3 @@ def test_losses_and_rates_are_those_of_timms_script(flags, digits, teachers, tmp
         # timm's script computes the validation loss in the precision of the model.
         eval_bound = 1e-2 if bfloat16 else max(bound, 1e-5)
         assert row['eval_loss'] == pytest.approx(expected['eval_loss'], rel=eval_bound), flags
-
-
-def read_summary(path: Path) -> list[dict[str, float]]:
-    with open(path, newline='') as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -3,19 +3,18 @@
 `tests/data/timm_parity.json` says how they were made. Bits hold for their processor and torch alone: elsewhere these
 tests skip, with a warning, and `test_reference_loop.py` is what holds the script to timm's arithmetic.
 """
-import csv
 import json
 import os
+import shlex
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Process
-from PIL import Image
-from sklearn.datasets import load_digits
+from helpers import Process, Run, read_digits, save_digit
 
 from timm_kd import train
+from timm_kd.cli.messages import as_given
 
 PARITY = json.loads((Path(__file__).parent / 'data' / 'timm_parity.json').read_text())
 TORCH = '2.15.0'
@@ -25,19 +24,10 @@ TORCH = '2.15.0'
 def all_digits(tmp_path_factory) -> Path:
     """The 1,797 digits that the figures were made on."""
     root = tmp_path_factory.mktemp('parity') / 'digits'
-    images, classes = load_digits(return_X_y=True)
-    validation = set(PARITY['validation_indices'])
-    for index, (image, label) in enumerate(zip(images, classes, strict=True)):
-        folder = root / ('validation' if index in validation else 'train') / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = (image.reshape(8, 8) / 16 * 255).astype('uint8')
-        Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert('RGB').save(folder / f'{index}.png')
+    for index, (image, label) in enumerate(zip(*read_digits(), strict=True)):
+        split = 'validation' if index in PARITY['validation_indices'] else 'train'
+        save_digit(image, root / split / str(label.item()) / f'{index}.png')
     return root
-
-
-def command_line(args: dict) -> list[str]:
-    flags = {f'--{name.replace("_", "-")}': value for name, value in args.items()}
-    return [word for flag, value in flags.items() for word in ([flag] if value is True else [flag, str(value)])]
 
 
 @pytest.fixture
@@ -58,19 +48,12 @@ def machine_of_the_figures() -> None:
 @pytest.mark.usefixtures('machine_of_the_figures')
 @pytest.mark.parametrize('case', PARITY['cases'])
 def test_run_without_teacher_gives_the_figures_of_timms_script(case, all_digits, tmp_path):
-    args = [
-        str(all_digits), '--num-classes', '10', '--img-size', '32', '--device', 'cpu', '--output', str(tmp_path),
-        '--experiment', case, *command_line(PARITY['cases'][case]['args']),
-    ]
+    flags = ' '.join(as_given(dest, value) for dest, value in PARITY['cases'][case]['args'].items())
+    args = shlex.split(
+        f'{all_digits} --num-classes 10 --img-size 32 --device cpu --output {tmp_path} --experiment {case} {flags}')
     run = Process(train.main, (args,), tmp_path / 'printed', dict(OMP_NUM_THREADS='1'))
     assert run.wait() == 0, run.stderr
-    with open(tmp_path / case / 'summary.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(PARITY['cases'][case]['summary'])
-    for row, figures in zip(rows, PARITY['cases'][case]['summary'], strict=True):
+    for row, figures in zip(Run(tmp_path / case).rows, PARITY['cases'][case]['summary'], strict=True):
         assert list(row) == list(figures)
         for name, value in figures.items():
-            if name.startswith('eval_'):
-                assert float(row[name]) == pytest.approx(value, rel=1e-6)
-            else:
-                assert float(row[name]) == value, name
+            assert row[name] == (pytest.approx(value, rel=1e-6) if name.startswith('eval_') else value), name

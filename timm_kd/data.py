@@ -3,7 +3,6 @@ import logging
 import os
 import pickle
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,6 @@ from timm.data import (
     create_loader,
     create_naflex_loader,
 )
-from timm.data.naflex_dataset import NaFlexCollator
-from timm.data.naflex_transforms import Patchify
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -182,15 +179,19 @@ def create_datasets(
     if not name and not os.path.exists(root):
         raise UsageError(f'data folder {root}: no such folder; it should hold a folder per split and class.')
     given_map = _read_class_map(class_map, root or '', train_split) if class_map else None
-    open_split = partial(_open_split, name, root, class_map=given_map, map_file=class_map, **options)
-    train_set = open_split(split=train_split, is_training=True, num_samples=train_num_samples, repeats=repeats)
-    _check_classes(train_set, f'`train_split` {train_split}', root, num_classes, ordered=given_map is not None)
-    open_validation = partial(open_split, split=val_split, is_training=False, num_samples=val_num_samples)
-    eval_set = open_validation() if val_split else None
-    _check_folders(train_set, eval_set, root, train_split, val_split)
-    if eval_set is not None:
-        eval_set = _with_classes_of(train_set, eval_set, open_validation, train_split, val_split)
-    return train_set, eval_set
+    open_split = partial(_open_split, name, root, map_file=class_map, class_map=given_map, **options)
+    train = open_split(
+        'train_split', train_split, is_training=True, num_samples=train_num_samples, repeats=repeats)
+    _check_classes(train, root, num_classes, ordered=given_map is not None)
+    if not val_split:
+        _check_folders(root, train)
+        return train.dataset, None
+    open_validation = partial(open_split, 'val_split', val_split, is_training=False, num_samples=val_num_samples)
+    validation = open_validation()
+    _check_folders(root, train, validation)
+    if _lacks_classes_of(train, validation):
+        validation = open_validation(class_map=train.classes)
+    return train.dataset, validation.dataset
 
 
 def create_train_data(
@@ -268,34 +269,6 @@ def create_naflex_train_data(dataset: Dataset, *, mixup: dict[str, Any] | None =
     return TrainData(dataset, loader, None, mixup is not None, 0, options['batch_size'])
 
 
-def blank_patches(
-        count: int,
-        channels: int,
-        patch_size: int | tuple[int, int],
-        flatten: bool = True,
-        channels_last: bool = True,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-) -> dict[str, torch.Tensor]:
-    """Return what a NaFlex loader makes of blank images of four by four patches.
-
-    Args:
-        count: How many images.
-        channels: Their channels.
-        patch_size: Height and width of a patch, or its side.
-        flatten: Whether a patch is a vector, as where all have the model's own size.
-        channels_last: Whether the channel is the last axis of a patch, or its first.
-        device: Where the batch lies.
-        dtype: Dtype of the patches.
-    """
-    patchify = Patchify(patch_size, flatten_patches=flatten, channels_last=channels_last)
-    height, width = patchify.patch_size
-    patches = patchify(torch.zeros(channels, 4 * height, 4 * width))
-    batch, _ = NaFlexCollator(max_seq_len=16)([(patches, 0)] * count)
-    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    return {**batch, 'patches': batch['patches'].to(dtype)}
-
-
 def create_eval_loader(
         dataset: Dataset,
         *,
@@ -332,17 +305,30 @@ def _class_numbers(dataset: Dataset) -> dict[str, int]:
     return getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}  # tar files
 
 
+@dataclass(frozen=True)
+class _Split:
+    """A split as timm reads it: the index of each class and the folder or tar file, where the data set knows them."""
+    argument: str
+    name: str
+    dataset: Dataset
+    classes: dict[str, int]
+    folder: Path | None
+
+    def __str__(self) -> str:
+        return f'`{self.argument}` {self.name}'
+
+
 def _open_split(
         name: str,
         root: str,
-        *,
+        argument: str,
         split: str,
-        class_map: dict[str, int] | None,
+        *,
         map_file: str,
         **options: Any,
-) -> Dataset:
+) -> _Split:
     try:
-        dataset = create_dataset(name, root=root, split=split, class_map=class_map, **options)
+        dataset = create_dataset(name, root=root, split=split, **options)
     except _READ_ERRORS as error:
         reasons = [f'`name` {name!r}'] if name else []
         reasons += [f"class map '{map_file}' (does it name the classes?)"] if map_file else []
@@ -350,7 +336,11 @@ def _open_split(
             reasons.append('a tar is a split where it is named, as in `train_split` train.tar')
         place = ', '.join([f'data folder {root}', f'split {split!r}', *reasons])
         raise UsageError(f'{place}: {shortened(error).rstrip(".")}.') from error
-    return NamedImages(dataset) if type(dataset) is ImageDataset else dataset
+    dataset = NamedImages(dataset) if type(dataset) is ImageDataset else dataset
+    source = getattr(dataset, 'reader', dataset)
+    is_local = isinstance(source, ReaderImageFolder | ReaderImageInTar | ImageFolder)
+    folder = Path(source.root).absolute() if is_local else None
+    return _Split(argument, split, dataset, _class_numbers(dataset), folder)
 
 
 def find_class_map(path: str, root: str, train_split: str) -> str:
@@ -375,20 +365,20 @@ def _read_class_map(path: str, root: str, train_split: str) -> dict[str, int]:
     return numbers
 
 
-def _check_classes(dataset: Dataset, split: str, root: str, num_classes: int, ordered: bool) -> None:
+def _check_classes(split: _Split, root: str, num_classes: int, ordered: bool) -> None:
     """Refuse classes that the model lacks, and names whose order is not certain; warn of classes without images."""
-    numbers = _class_numbers(dataset)
-    if not numbers:
+    classes = split.classes
+    if not classes:
         return
-    if numbers.keys() <= {'', '.'}:
+    if classes.keys() <= {'', '.'}:
         raise UsageError(f'data folder {root}: images, but no class folders; it should hold <split>/<class>/<image>.')
-    count = max(numbers.values()) + 1
+    count = max(classes.values()) + 1
     if count > num_classes:
         raise UsageError(
-            f'data folder {root}: {count} classes in {split} ({few(numbers)}), but `num_classes` {num_classes}.')
-    if not ordered and _images_of(dataset) is not None:
+            f'data folder {root}: {count} classes in {split} ({few(classes)}), but `num_classes` {num_classes}.')
+    if not ordered and split.folder is not None:
         places: dict[tuple, str] = {}
-        for name in numbers:
+        for name in classes:
             other = places.setdefault(tuple(natural_key(name)), name)
             if other != name:
                 raise UsageError(
@@ -400,65 +390,44 @@ def _check_classes(dataset: Dataset, split: str, root: str, num_classes: int, or
             f'(`num_classes` {count}?).')
 
 
-def _check_folders(
-        train_set: Dataset,
-        eval_set: Dataset | None,
-        root: str,
-        train_split: str,
-        val_split: str,
-) -> None:
+def _check_folders(root: str, *splits: _Split) -> None:
     """Refuse to validate on training images by mistake: for a split that is not there, timm reads the whole folder."""
-    splits = {f'`train_split` {train_split}': train_set, f'`val_split` {val_split}': eval_set}
-    folders = {name: _images_of(dataset) for name, dataset in splits.items() if dataset is not None}
-    if None in folders.values():
+    if any(split.folder is None for split in splits):
         return
+    place = Path(root).absolute()
     known = [split for split in _SPLIT_FOLDERS if os.path.isdir(os.path.join(root, split))]
-    for name, folder in folders.items():
-        if known and folder == Path(root).absolute():
+    for split in splits:
+        if known and split.folder == place:
             raise UsageError(
-                f"{name}: {root} has no such folder, but {', '.join(known)}; name one (`val_split` '' for none).")
-    if eval_set is None or train_split == val_split:
+                f"{split}: {root} has no such folder, but {', '.join(known)}; name one (`val_split` '' for none).")
+    if len({split.name for split in splits}) == 1:
         return
-    (train_name, train_folder), (val_name, val_folder) = folders.items()
-    if not train_folder.is_relative_to(val_folder) and not val_folder.is_relative_to(train_folder):
+    train, validation = splits
+    if not train.folder.is_relative_to(validation.folder) and not validation.folder.is_relative_to(train.folder):
         return
     if os.path.isfile(root):
         advice = 'give a folder with a tar for each split, as in `train_split` train.tar `val_split` validation.tar'
-    elif Path(root).absolute().name in _SPLIT_FOLDERS:
-        advice = f'give {Path(root).absolute().parent}'
+    elif place.name in _SPLIT_FOLDERS:
+        advice = f'give {place.parent}'
     else:
         advice = 'give a folder with a folder for each split, train and validation'
     raise UsageError(
-        f'data folder {root}: timm reads {train_folder} for {train_name} and {val_folder} for {val_name}, so training '
-        f"images would be validated on: {advice}; or `val_split` '' for no validation.")
+        f'data folder {root}: timm reads {train.folder} for {train} and {validation.folder} for {validation}, so '
+        f"training images would be validated on: {advice}; or `val_split` '' for no validation.")
 
 
-def _images_of(dataset: Dataset) -> Path | None:
-    """Return the folder or tar file that timm reads; None for a data set that is known by its name."""
-    source = getattr(dataset, 'reader', dataset)
-    is_local = isinstance(source, ReaderImageFolder | ReaderImageInTar | ImageFolder)
-    return Path(source.root).absolute() if is_local else None
-
-
-def _with_classes_of(
-        train_set: Dataset,
-        eval_set: Dataset,
-        open_validation: Callable[..., Dataset],
-        train_split: str,
-        val_split: str,
-) -> Dataset:
-    """Return the validation data set with the class indices of training."""
-    trained, validated = _class_numbers(train_set), _class_numbers(eval_set)
-    if not trained or not validated or trained == validated:
-        return eval_set
-    unknown = [name for name in validated if name not in trained]
-    absent = [name for name in trained if name not in validated]
-    if unknown or not hasattr(eval_set, 'reader'):  # torchvision's own data sets take no numbers
+def _lacks_classes_of(train: _Split, validation: _Split) -> bool:
+    """Return whether validation has some of the training classes only; refuse classes that training lacks."""
+    if not train.classes or not validation.classes or train.classes == validation.classes:
+        return False
+    unknown = [name for name in validation.classes if name not in train.classes]
+    absent = [name for name in train.classes if name not in validation.classes]
+    if unknown or not hasattr(validation.dataset, 'reader'):  # torchvision's own data sets take no numbers
         raise UsageError(
-            f'`train_split` {train_split} and `val_split` {val_split} have different classes, which timm numbers '
-            f'separately: {few(unknown)} in validation alone, {few(absent)} in training alone. Rename or add the '
-            "folders, or leave validation out (`val_split` '').")
+            f'{train} and {validation} have different classes, which timm numbers separately: {few(unknown)} in '
+            f'validation alone, {few(absent)} in training alone. Rename or add the folders, or leave validation out '
+            "(`val_split` '').")
     _logger.info(
-        f'`val_split` {val_split} has {len(validated)} of the {len(trained)} classes (not {few(absent)}): they have '
-        'the indices of training.')
-    return open_validation(class_map=trained)
+        f'{validation} has {len(validation.classes)} of the {len(train.classes)} classes (not {few(absent)}): they '
+        'have the indices of training.')
+    return True

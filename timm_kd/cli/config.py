@@ -49,14 +49,9 @@ RECIPES = {path.stem: path for path in Path(__file__).parents[1].joinpath('hpara
 
 
 def load_config(path: str, parser: Parser) -> dict[str, Any]:
-    """Read a YAML file of flag values.
+    """Read a YAML file, or the recipe of this name: a mapping of dests (`batch_size`) to the values of their flags.
 
-    Args:
-        path: File with a mapping of dests (`batch_size`) to values; where there is none, the name of a recipe.
-        parser: The parser that reads the values.
-
-    Returns:
-        The values by dest, of the types of their flags. Unknown keys are left out, with a warning.
+    Unknown keys are left out, with a warning.
 
     Raises:
         UsageError: The file cannot be read, or a value does not suit its flag.
@@ -145,11 +140,6 @@ def override(config: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapp
     The command line replaces not only the same flag of the file, but also those that say the same thing (see
     `_SAME_THING`) and, with a warning, those that only describe the loss, the schedule or the teacher that it
     replaces.
-
-    Args:
-        config: The values of the file, as `load_config` returns them.
-        given: The values of the command line.
-        defaults: The default of each flag.
     """
     config, given = dict(config), dict(given)
     if config.get('input_size') and 'input_size' not in given:  # it says the channels and the size at once

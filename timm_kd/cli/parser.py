@@ -17,14 +17,13 @@ class Flag(NamedTuple):
 
 
 def flag(*names: str, help: str, known: Sequence[str] = (), **options: Any) -> Flag:
-    """Return an argument that takes a value.
+    """Return an argument that takes a value, shown in the usage as N (an integer), X (a number) or NAME.
 
     Args:
         *names: Its option strings.
-        help: What it says; the known values are added.
+        help: What it does; the known values are added.
         known: The values that it takes, where timm's flag has no `choices` and the user should hear of a wrong one.
-        **options: Further keywords of argparse's `add_argument`. Numbers are shown as N (integer) and X in the usage,
-            other values as NAME.
+        **options: Further keywords of argparse's `add_argument`.
     """
     if 'choices' in options:
         options['type'] = one_of(*options['choices'])
@@ -50,12 +49,7 @@ def kwargs_flag(*names: str, help: str) -> Flag:
 
 
 def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], int | float]:
-    """Return an argparse `type` for finite numbers of a range.
-
-    Args:
-        kind: int or float, whose name the type bears.
-        **bounds: `above`, `at_least`, `below`, `at_most`, as `out_of_range` takes them.
-    """
+    """Return an argparse `type` for finite numbers within the bounds of `out_of_range`; it bears the name of `kind`."""
     def convert(text: str) -> int | float:
         try:
             value = kind(text)
@@ -80,9 +74,7 @@ whole, not_negative = number(int, at_least=0), number(float, at_least=0)
 def one_of(*names: str, reason: str | None = None) -> Callable[[str], str]:
     """Return an argparse `type` for a name out of several, which bears the name of `str`.
 
-    Args:
-        names: The names that are taken.
-        reason: What the error says of any other name, in place of the list of names.
+    The error of any other name lists them, or gives the reason.
     """
     def convert(text: str) -> str:
         if text not in names:
@@ -119,12 +111,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line: the usage of two hundred flags would bury them."""
 
     def __init__(self, everyday: Sequence[str], **options: Any):
-        """Create a parser.
-
-        Args:
-            everyday: The dests of the flags that the help shows first.
-            **options: Further arguments of argparse's parser.
-        """
+        """Create a parser whose help shows the flags of the dests `everyday` first."""
         super().__init__(formatter_class=HelpFormatter, exit_on_error=False, **options)
         self.everyday = everyday
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import ImageMode
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..cli.messages import given
 from ..cli.task_loss import is_mixing, is_multi_label
@@ -36,13 +36,6 @@ def create_data(
 ) -> tuple[TrainData, Callable[..., DataLoader] | None]:
     """Create the data of both splits.
 
-    Args:
-        args: The flags.
-        data_config: timm's data config of the images.
-        process: The process.
-        dtype: Dtype of the images; None for float32.
-        patch_size: Height and width of the student's patches, for `--naflex-loader`.
-
     Returns:
         The training data, and what opens a loader of the validation split (with further keywords of
         `create_eval_loader`); None without that split (`--val-split ''`).
@@ -50,35 +43,7 @@ def create_data(
     Raises:
         UsageError: If the data cannot be found or does not fit the flags.
     """
-    train_set, eval_set = create_datasets(
-        name=args.dataset,
-        root=args.data_dir or args.data,
-        num_classes=args.num_classes,
-        train_split=args.train_split,
-        val_split=args.val_split,
-        class_map=args.class_map,
-        train_num_samples=args.train_num_samples,
-        val_num_samples=args.val_num_samples,
-        repeats=args.epoch_repeats,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        input_img_mode=image_mode(args, data_config['input_size'][0]),
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-        **(_label_options(args) if is_multi_label(args) else {}),
-    )
-    keys = [given(args, dest) for dest in ('input_key', 'target_key') if getattr(args, dest)]
-    if (is_multi_label(args) or keys) and not isinstance(train_set, IterableDataset):
-        try:
-            train_set[0]  # a field that is not there, and labels of the wrong kind, are seen in any image
-        except LookupError as error:
-            raise UsageError(
-                f'{" ".join(keys) or "--target-key"}: the images of --dataset {args.dataset} have no field {error}.'
-            ) from error
-        except UnreadableImages as error:
-            raise UsageError(str(error)) from error
+    train_set, eval_set = _open_datasets(args, data_config)
     loading = loading_kwargs(args, data_config, process, dtype)
     if args.naflex_loader:
         data = create_naflex_train_data(train_set, **loading, **_naflex_kwargs(args, data_config, process, patch_size))
@@ -108,9 +73,43 @@ def create_data(
     )
 
 
-def _label_options(args: argparse.Namespace) -> dict[str, Any]:
-    dense = args.target_format == 'multihot'
-    return dict(target_format=args.target_format or None, target_transform=LabelVector(args.num_classes, dense=dense))
+def _open_datasets(args: argparse.Namespace, data_config: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """Open both splits, and refuse a field of the samples that is not there or holds labels of the wrong kind."""
+    labels = {}
+    if is_multi_label(args):
+        dense = args.target_format == 'multihot'
+        labels = dict(
+            target_format=args.target_format or None, target_transform=LabelVector(args.num_classes, dense=dense))
+    train_set, eval_set = create_datasets(
+        name=args.dataset,
+        root=args.data_dir or args.data,
+        num_classes=args.num_classes,
+        train_split=args.train_split,
+        val_split=args.val_split,
+        class_map=args.class_map,
+        train_num_samples=args.train_num_samples,
+        val_num_samples=args.val_num_samples,
+        repeats=args.epoch_repeats,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        input_img_mode=image_mode(args, data_config['input_size'][0]),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+        **labels,
+    )
+    keys = [given(args, dest) for dest in ('input_key', 'target_key') if getattr(args, dest)]
+    if (labels or keys) and not isinstance(train_set, IterableDataset):
+        try:
+            train_set[0]  # any image shows them
+        except LookupError as error:
+            raise UsageError(
+                f'{" ".join(keys) or "--target-key"}: the images of --dataset {args.dataset} have no field {error}.'
+            ) from error
+        except UnreadableImages as error:
+            raise UsageError(str(error)) from error
+    return train_set, eval_set
 
 
 def _train_data_kwargs(args: argparse.Namespace, data_config: DataConfig) -> dict[str, Any]:
@@ -210,7 +209,7 @@ def augmentation_settings(args: argparse.Namespace, data_config: DataConfig) -> 
 
 
 def image_mode(args: argparse.Namespace, channels: int) -> str:
-    """Return the PIL mode of the images, timm's default for the model's channels where no flag says.
+    """Return the PIL mode of the images: timm's default for the channels of the model unless a flag names one.
 
     Raises:
         UsageError: If PIL knows no such mode, or the model takes other channels.

@@ -10,6 +10,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
+from timm.data.naflex_dataset import NaFlexCollator
+from timm.data.naflex_transforms import Patchify
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import create_model, load_checkpoint, load_state_dict, resolve_model_input_args
 from timm.utils import set_jit_fuser
@@ -18,7 +20,7 @@ from torch.func import functional_call
 
 from ..cli import resolve_kd
 from ..cli.messages import given
-from ..data import DataConfig, blank_patches
+from ..data import DataConfig
 from ..errors import UsageError, explain, few, shortened
 from ..files import load_file
 from ..losses import KD_LOSSES
@@ -203,26 +205,31 @@ def blank_batches(
     Each is a tuple: whether it is for training, how many images it has, the batch, and what an error calls it.
     """
     parameter = next(model.parameters())
-    kind = dict(device=parameter.device, dtype=parameter.dtype)
     # Two images do for batch norm, if the batches of the run are as large; each split has its own.
     smallest = min(2, args.batch_size, *args.train_batch_sizes or ())
     channels, *size = input_size
     if args.naflex_loader:
-        last = not args.naflex_patchify_channels_first
-        sizes = [(False, get_patch_size(model), True)]
+        sizes = [(False, get_patch_size(model), True)]  # patches of the model's own size are vectors
         sizes += [(True, (side, side), False) for side in args.naflex_patch_sizes or ()] or [(True, *sizes[0][1:])]
         for training, patch_size, flat in sizes:
-            patches = blank_patches(smallest, channels, patch_size, flatten=flat, channels_last=last, **kind)
-            yield training, smallest, patches, f'NaFlex patches of {"x".join(map(str, patch_size))}'
+            patchify = Patchify(
+                patch_size, flatten_patches=flat, channels_last=not args.naflex_patchify_channels_first)
+            patches = patchify(torch.zeros(channels, *(4 * side for side in patch_size)))
+            batch, _ = NaFlexCollator(max_seq_len=16)([(patches, 0)] * smallest)
+            batch = {
+                name: value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            batch['patches'] = batch['patches'].to(parameter.dtype)
+            yield training, smallest, batch, f'NaFlex patches of {"x".join(map(str, patch_size))}'
         return
     splits = max(args.aug_splits, 2) if args.split_bn else 1
-    batches = [(False, 2, size), *((True, smallest, [side] * 2) for side in args.train_img_sizes or ())]
+    batches = [(False, 2, size), *((True, smallest, [side] * 2) for side in args.train_img_sizes or [])]
     if not args.train_img_sizes:
         batches.append((True, smallest, size))
     for training, count, sides in batches:
-        shape = channels, *sides
-        images = torch.zeros(count * splits, *shape, **kind)
-        yield training, len(images), images, f'images of {"x".join(map(str, shape))}'
+        images = torch.zeros(count * splits, channels, *sides, device=parameter.device, dtype=parameter.dtype)
+        yield training, len(images), images, f'images of {"x".join(map(str, images.shape[1:]))}'
 
 
 def _why_not_built(args: argparse.Namespace, error: Exception) -> str:
