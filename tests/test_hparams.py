@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -16,53 +17,47 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_kd.cli import parse_args, resolve_kd
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path.stem for path in (ROOT / 'hparams').glob('*_*.yaml') if 'demo' not in path.stem)
 TIMM_DESTS = {flag['dest'] for flag in json.loads((ROOT / 'tests/data/timm_train_flags.json').read_text())}
-CNNS = [name for name in RECIPES if not name.startswith('swin')]
-SWINS = [name for name in RECIPES if name.startswith('swin')]
+KEYS = {'kd_loss', 'teacher', 'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_correct_prob', 'kd_warmup_epochs'}
 
-# Global batch, learning rate, epochs and drops of each paper or official code.
-NKD_SETTING = (256, 0.1, 100, (30, 60, 90))
-MDISTILLER_SETTING = (512, 0.2, 100, (30, 60, 90))
-TFKD_SETTING = (512, 0.2, 90, (30, 60, 80))
-CNN_SETTINGS = {
-    'resnet18_baseline': NKD_SETTING,
-    'resnet18_r34_nkd': NKD_SETTING,
-    'resnet18_tfnkd': NKD_SETTING,
-    'resnet18_r34_kd': MDISTILLER_SETTING,
-    'resnet18_r34_dkd': MDISTILLER_SETTING,
-    'resnet18_tfkd': TFKD_SETTING,
-    'mobilenetv1_baseline': NKD_SETTING,
-    'mobilenetv1_r50_nkd': NKD_SETTING,
-    'mobilenetv1_tfnkd': NKD_SETTING,
-    'mobilenetv1_r50_kd': MDISTILLER_SETTING,
-    'mobilenetv1_r50_dkd': MDISTILLER_SETTING,
-}
 
-# Loss, its parameters, teacher, weights of task and distillation loss, warm-up of the latter.
-LOSSES = {
-    'resnet18_baseline': None,
-    'resnet18_r34_nkd': ('nkd', {'temperature': 1, 'gamma': 1.5}, 'resnet34.tv_in1k', 1, 1, 0),
-    'resnet18_tfnkd': ('tfnkd', {}, None, 1, 1, 0),
-    'resnet18_r34_kd': ('kd', {'temperature': 1}, 'resnet34.tv_in1k', 0.5, 0.5, 0),
-    'resnet18_r34_dkd': ('dkd', {'temperature': 1, 'alpha': 1, 'beta': 0.5}, 'resnet34.tv_in1k', 1, 1, 1),
-    'resnet18_tfkd': ('tfkd', {'temperature': 20, 'correct_prob': 0.99}, None, 0.9, 0.1, 0),
-    'mobilenetv1_baseline': None,
-    'mobilenetv1_r50_nkd': ('nkd', {'temperature': 1, 'gamma': 1.5}, 'resnet50.tv_in1k', 1, 1, 0),
-    'mobilenetv1_tfnkd': ('tfnkd', {}, None, 1, 1, 0),
-    'mobilenetv1_r50_kd': ('kd', {'temperature': 1}, 'resnet50.tv_in1k', 0.5, 0.5, 0),
-    'mobilenetv1_r50_dkd': ('dkd', {'temperature': 1, 'alpha': 1, 'beta': 2}, 'resnet50.tv_in1k', 1, 1, 1),
-    'swin_tiny_baseline': None,
-    'swin_tiny_tfnkd': ('tfnkd', {}, None, 1, 1, 0),
-}
+class Paper(NamedTuple):
+    """What a paper or its official code states.
 
-# Published top-1 on ImageNet-1k; None where there is none to be had.
-PUBLISHED = {
-    'resnet18_baseline': '69.90', 'resnet18_r34_nkd': '71.96', 'resnet18_tfnkd': '70.76', 'resnet18_r34_kd': '71.03',
-    'resnet18_r34_dkd': '71.70', 'resnet18_tfkd': None, 'mobilenetv1_baseline': '69.21', 'mobilenetv1_r50_nkd': '72.58',
-    'mobilenetv1_tfnkd': '70.04', 'mobilenetv1_r50_kd': '70.50', 'mobilenetv1_r50_dkd': '72.05',
-    'swin_tiny_baseline': '81.18', 'swin_tiny_tfnkd': '81.48',
+    Attributes:
+        top1: Published top-1 on ImageNet-1k; None where there is none to be had.
+        setting: Global batch, learning rate, epochs and drops; None for Swin, on its own schedule.
+        loss: Loss, its parameters, teacher, weights of task and distillation loss, warm-up of the latter.
+    """
+    top1: str | None
+    setting: tuple[int, float, int, tuple[int, ...]] | None
+    loss: tuple | None
+
+
+NKD = (256, 0.1, 100, (30, 60, 90))
+MDISTILLER = (512, 0.2, 100, (30, 60, 90))
+TFKD = (512, 0.2, 90, (30, 60, 80))
+R34, R50 = 'resnet34.tv_in1k', 'resnet50.tv_in1k'
+TFNKD_LOSS = ('tfnkd', {}, None, 1, 1, 0)
+PAPERS = {
+    'resnet18_baseline': Paper('69.90', NKD, None),
+    'resnet18_r34_nkd': Paper('71.96', NKD, ('nkd', {'temperature': 1, 'gamma': 1.5}, R34, 1, 1, 0)),
+    'resnet18_tfnkd': Paper('70.76', NKD, TFNKD_LOSS),
+    'resnet18_r34_kd': Paper('71.03', MDISTILLER, ('kd', {'temperature': 1}, R34, 0.5, 0.5, 0)),
+    'resnet18_r34_dkd': Paper(
+        '71.70', MDISTILLER, ('dkd', {'temperature': 1, 'alpha': 1, 'beta': 0.5}, R34, 1, 1, 1)),
+    'resnet18_tfkd': Paper(None, TFKD, ('tfkd', {'temperature': 20, 'correct_prob': 0.99}, None, 0.9, 0.1, 0)),
+    'mobilenetv1_baseline': Paper('69.21', NKD, None),
+    'mobilenetv1_r50_nkd': Paper('72.58', NKD, ('nkd', {'temperature': 1, 'gamma': 1.5}, R50, 1, 1, 0)),
+    'mobilenetv1_tfnkd': Paper('70.04', NKD, TFNKD_LOSS),
+    'mobilenetv1_r50_kd': Paper('70.50', MDISTILLER, ('kd', {'temperature': 1}, R50, 0.5, 0.5, 0)),
+    'mobilenetv1_r50_dkd': Paper(
+        '72.05', MDISTILLER, ('dkd', {'temperature': 1, 'alpha': 1, 'beta': 2}, R50, 1, 1, 1)),
+    'swin_tiny_baseline': Paper('81.18', None, None),
+    'swin_tiny_tfnkd': Paper('81.48', None, TFNKD_LOSS),
 }
+CNNS = [name for name, paper in PAPERS.items() if paper.setting is not None]
+SWINS = [name for name, paper in PAPERS.items() if paper.setting is None]
 
 
 def path_of(name):
@@ -104,37 +99,29 @@ def lr_of_epochs(args, updates_per_epoch=10):
 
 
 def test_there_is_one_recipe_for_each_published_result():
-    assert RECIPES == sorted(LOSSES)
+    names = {path.stem for path in (ROOT / 'hparams').glob('*.yaml')}
+    assert names - {'digits_demo'} == PAPERS.keys()
 
 
-@pytest.mark.parametrize('name', RECIPES)
-def test_all_keys_are_flags(parse, name, caplog):
+@pytest.mark.parametrize('name', PAPERS)
+def test_all_keys_are_flags_and_but_for_distillation_timms(parse, name, caplog):
     with caplog.at_level(logging.WARNING):
         parse(name)
     assert not caplog.records
-
-
-@pytest.mark.parametrize('name', RECIPES)
-def test_only_distillation_keys_are_unknown_to_timm(name):
     keys = set(yaml.safe_load(path_of(name).read_text()))
-    assert keys - TIMM_DESTS <= {'kd_loss', 'teacher', 'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_correct_prob',
-                                 'kd_warmup_epochs'}
-    assert 'kd_model_name' not in keys
+    assert keys - TIMM_DESTS <= KEYS and 'kd_model_name' not in keys
     assert ('kd_warmup_epochs' in keys) == ('kd_loss' in keys)  # the loss's own would do, but a reader wants to see it
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', PAPERS)
 def test_loss_is_that_of_the_paper(parse, name):
     settings = resolve_kd(parse(name))
-    if LOSSES[name] is None:
-        assert settings is None
-    else:
-        assert LOSSES[name] == (
-            settings.loss, settings.loss_parameters, settings.teacher, settings.task_loss_weight,
-            settings.distill_loss_weight, settings.warmup_epochs)
+    assert PAPERS[name].loss == (settings and (
+        settings.loss, settings.loss_parameters, settings.teacher, settings.task_loss_weight,
+        settings.distill_loss_weight, settings.warmup_epochs))
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', PAPERS)
 def test_teacher_is_named_with_the_tag_of_its_weights(parse, name):
     teacher = parse(name).teacher
     assert teacher is None or timm.get_pretrained_cfg(teacher).tag == 'tv_in1k'
@@ -142,7 +129,7 @@ def test_teacher_is_named_with_the_tag_of_its_weights(parse, name):
 
 @pytest.mark.parametrize('name', CNNS)
 def test_learning_rate_drops_after_the_epochs_of_the_paper(parse, name):
-    _, base, epochs, drops = CNN_SETTINGS[name]
+    _, base, epochs, drops = PAPERS[name].setting
     expected = [base * 0.1 ** sum(epoch >= drop for drop in drops) for epoch in range(epochs)]
     assert lr_of_epochs(parse(name)) == pytest.approx(expected, rel=1e-12)
 
@@ -163,7 +150,7 @@ def test_plain_sgd_decays_all_parameters(parse, name):
     group, = optimizer.param_groups
     assert len(group['params']) == len(list(model.parameters()))
     assert (group['weight_decay'], group['momentum'], group['nesterov']) == (1e-4, 0.9, False)
-    assert args.batch_size == CNN_SETTINGS[name][0]
+    assert args.batch_size == PAPERS[name].setting[0]
 
 
 @pytest.mark.parametrize('name', SWINS)
@@ -189,15 +176,15 @@ OF_SWIN = {
 }
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', PAPERS)
 def test_augmentation_and_clipping_are_those_of_the_paper(parse, name):
-    stated = {**(OF_SWIN if name in SWINS else CROPS_AND_FLIPS)}
-    stated['clip_grad'] = 5.0 if name in (*SWINS, 'mobilenetv1_r50_nkd') else None
+    clip_grad = 5.0 if name in (*SWINS, 'mobilenetv1_r50_nkd') else None
+    stated = {**(OF_SWIN if name in SWINS else CROPS_AND_FLIPS), 'clip_grad': clip_grad}
     args = parse(name)
     assert {dest: getattr(args, dest) for dest in stated} == stated
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', PAPERS)
 def test_images_are_prepared_as_in_the_paper(parse, name):
     args = parse(name)
     config = resolve_data_config(vars(args), model=create_meta_model(args))
@@ -209,14 +196,12 @@ def test_images_are_prepared_as_in_the_paper(parse, name):
     assert config['interpolation'] == args.train_interpolation == filters
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', PAPERS)
 def test_header_states_figure_paper_setting_batch_command_and_difference(parse, name):
     header = header_of(name)
-    published = header['Published top-1 on ImageNet-1k']
-    if PUBLISHED[name] is None:
-        assert published.startswith('none available')
-    else:
-        assert published.startswith(PUBLISHED[name]) and 'no run of this project' in published
+    published, top1 = header['Published top-1 on ImageNet-1k'], PAPERS[name].top1
+    assert published.startswith(top1 or 'none available')
+    assert top1 is None or 'no run of this project' in published
     assert re.search(r'arXiv \d{4}\.\d{5}', header['Paper'])
     assert header['Setting'].startswith(f'{parse(name).batch_size} images a batch')
     assert header['Global batch size'].startswith(str(parse(name).batch_size))

@@ -1,4 +1,5 @@
 """NaFlex: batches of patches, in their own aspect ratio, of a length that is drawn for each."""
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,22 @@ def small_vit(**kwargs) -> nn.Module:
     return timm.create_model('naflexvit_base_patch16_gap', num_classes=10, img_size=32, **{**KWARGS, **kwargs})
 
 
+def naflex_loader(digits: Path, split: str = 'train', **options) -> Iterable:
+    """timm's loader of a split, as the flags of `NAFLEX` describe it."""
+    is_training = split == 'train'
+    own = dict(train_seq_lens=[4, 9, 16], is_training=True) if is_training else dict(max_seq_len=16)
+    dataset = create_dataset('', root=str(digits), split=split, is_training=is_training)
+    return create_naflex_loader(
+        dataset, patch_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=0, device=CPU, pin_memory=False, **own,
+        **options)
+
+
 def test_run_is_timms_loader_model_and_loss_step_for_step(train, digits):
-    run = train(f'{NAFLEX} --batch-size 16 --opt momentum --lr 0.05 --smoothing 0 '
-                '--naflex-loss-scale sqrt')
+    run = train(f'{NAFLEX} --batch-size 16 --opt momentum --lr 0.05 --smoothing 0 --naflex-loss-scale sqrt')
     random_seed(42, 0)
     model = small_vit()
-    loader = create_naflex_loader(
-        create_dataset('', root=str(digits), split='train', is_training=True), patch_size=8, train_seq_lens=[4, 9, 16],
-        batch_size=16, is_training=True, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='random', scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3), num_workers=0, device=CPU, pin_memory=False,
-    )
+    loader = naflex_loader(
+        digits, batch_size=16, interpolation='random', scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     optimizer = create_optimizer_v2(model, opt='momentum', lr=0.05, weight_decay=2e-5, momentum=0.9)
     sizes, meter = set(), AverageMeter()
     for input, target in loader:
@@ -58,10 +65,7 @@ def test_validation_is_on_the_longest_validation_sequence(train, digits):
     run = train(f'{NAFLEX} --opt momentum --lr 1e-30')
     random_seed(42, 0)
     model = small_vit().eval()
-    loader = create_naflex_loader(
-        create_dataset('', root=str(digits), split='validation'), patch_size=8, max_seq_len=16, batch_size=32,
-        mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', num_workers=0, device=CPU, pin_memory=False,
-    )
+    loader = naflex_loader(digits, 'validation', batch_size=32, interpolation='bicubic')
     with torch.no_grad():
         outputs = [(model(input), target) for input, target in loader]
     output, target = (torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -178,11 +182,11 @@ def test_two_processes_train_as_one_that_takes_the_batches_of_both(digits, tmp_p
     assert run.record['timing'][0]['images'] == 160
     random_seed(42, 0)
     model = small_vit()
-    loaders = [create_naflex_loader(
-        create_dataset('', root=str(digits), split='train', is_training=True), patch_size=8, train_seq_lens=[4, 9, 16],
-        batch_size=8, is_training=True, no_aug=True, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic',
-        num_workers=0, device=CPU, pin_memory=False, distributed=True, rank=rank, world_size=2,
-    ) for rank in range(2)]
+    loaders = [
+        naflex_loader(
+            digits, batch_size=8, no_aug=True, interpolation='bicubic', distributed=True, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
     optimizer = create_optimizer_v2(model, opt='momentum', lr=0.05, weight_decay=2e-5, momentum=0.9)
     meters = [AverageMeter(), AverageMeter()]
     for batches in zip(*loaders, strict=True):
