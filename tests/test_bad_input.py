@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import RunsCode
+from helpers import BASE, RunsCode
 
 from timm_kd.train import main
-
-BASE = '--model test_resnet --num-classes 10 --img-size 32 --device cpu --epochs 1 --batch-size 32 --workers 0'
 
 REFUSED = {
     # the student
@@ -21,15 +19,10 @@ REFUSED = {
         '--model deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224',
     ),
     'student of two outputs': (
-        '--model inception_v3 --model-kwargs aux_logits=True --img-size 299 --batch-size 2 --kd-loss tfnkd',
-        '--model inception_v3 returns a tuple', '--model-kwargs',
-    ),
-    'student of unpooled features': ("--gp '' --kd-loss tfnkd", '--model test_resnet fails on images of 3x32x32'),
-    'student of unpooled features without distillation': ("--gp ''", "--gp ''", 'fails on images of 3x32x32'),
-    'student of two outputs without distillation': (
         '--model inception_v3 --model-kwargs aux_logits=True --img-size 299 --batch-size 2',
         '--model inception_v3 returns a tuple', '--model-kwargs',
     ),
+    'student of unpooled features': ("--gp ''", "--gp ''", '--model test_resnet fails on images of 3x32x32'),
     'image size that the student cannot take': (
         '--model test_vit --img-size 33', '--model test_vit fails on images of 3x33x33', '--img-size 33',
     ),

@@ -26,12 +26,19 @@ def root(digits, tmp_path) -> Path:
     return tmp_path / 'digits'
 
 
-def packed(folder: Path) -> Path:
-    """Packs a folder of classes into a tar beside it."""
-    with tarfile.open(f'{folder}.tar', 'w', dereference=True) as file:
-        for name in sorted(os.listdir(folder)):
-            file.add(folder / name, name)
-    return Path(f'{folder}.tar')
+def pack(root: Path, *splits: str) -> None:
+    """Pack the folder of each split into a tar beside it."""
+    for split in splits:
+        with tarfile.open(root / f'{split}.tar', 'w', dereference=True) as file:
+            for name in sorted(os.listdir(root / split)):
+                file.add(root / split / name, name)
+
+
+def write_unreadable(folder: Path, count: int) -> None:
+    """Write files that are no images."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        (folder / f'{index}.png').write_bytes(b'no image')
 
 
 TARS = dict(train_split='train.tar', val_split='validation.tar')
@@ -50,7 +57,7 @@ def test_validation_without_some_classes_keeps_the_indices_of_training(options, 
     for label in (0, 4):
         (root / 'validation' / str(label)).unlink()
     if options:
-        packed(root / 'train'), packed(root / 'validation')
+        pack(root, 'train', 'validation')
     caplog.set_level('INFO', 'timm_kd.data')
     train_set, eval_set = create_datasets(str(root), num_classes=10, **options)
     labels = [int(Path(name).parent.name) for name in eval_set.filenames()]
@@ -74,7 +81,7 @@ def test_teacher_is_validated_on_the_right_classes_where_one_folder_is_empty(roo
 
 @pytest.mark.parametrize('suffix', ['', '.tar'])
 def test_equal_classes_leave_the_data_set_as_timm_makes_it(suffix, root):
-    packed(root / 'train'), packed(root / 'validation')
+    pack(root, 'train', 'validation')
     splits = [f'train{suffix}', f'validation{suffix}']
     datasets = create_datasets(str(root), num_classes=10, train_split=splits[0], val_split=splits[1])
     for dataset, split in zip(datasets, splits, strict=True):
@@ -87,7 +94,7 @@ def test_equal_classes_leave_the_data_set_as_timm_makes_it(suffix, root):
 def test_renamed_class_is_refused_with_the_names_of_both_splits(options, root):
     (root / 'validation' / '3').rename(root / 'validation' / 'three')
     if 'train_split' in options:
-        packed(root / 'train'), packed(root / 'validation')
+        pack(root, 'train', 'validation')
     message = refused(root, **options)
     assert 'three in validation alone, 3 in training alone' in message and '--val-split validation' in message
 
@@ -205,14 +212,14 @@ def test_validation_on_training_images_by_mistake_is_refused(folder, options, ad
     shutil.copytree(root / 'train', root / 'flat')
     shutil.copytree(root / 'train', root / 'fit_and_test' / 'fit')
     shutil.copytree(root / 'train', root / 'fit_and_test' / 'test')
-    packed(root / 'train')
+    pack(root, 'train')
     message = refused(root / folder, **options)
     assert advice.format(root=root) in message and "--val-split ''" in message
 
 
 @pytest.mark.parametrize('folder', ['train', 'train.tar'])
 def test_one_split_alone_trains_without_validation(folder, root):
-    packed(root / 'train')
+    pack(root, 'train')
     train_set, eval_set = create_datasets(str(root / folder), num_classes=10, val_split='')
     assert len(train_set) == 160 and eval_set is None
 
@@ -234,7 +241,7 @@ def test_split_that_is_a_link_to_the_other_is_taken(root):
 
 
 def test_tars_in_a_folder_are_read_where_the_splits_name_them(root):
-    packed(root / 'train'), packed(root / 'validation')
+    pack(root, 'train', 'validation')
     for split in ('train', 'validation'):
         shutil.rmtree(root / split)
     assert '--train-split train.tar' in refused(root)
@@ -256,9 +263,7 @@ def test_fewer_classes_than_the_model_are_one_warning_that_names_the_split(root,
 @pytest.mark.parametrize('split', ['train', 'validation'])
 def test_images_that_cannot_be_read_end_the_run_with_the_name_of_a_file(split, workers, root, tmp_path):
     (root / split / '7').unlink()
-    (root / split / '7').mkdir()
-    for index in range(12):
-        (root / split / '7' / f'{index}.png').write_bytes(b'no image')
+    write_unreadable(root / split / '7', 12)
     run = run_script(f'--workers {workers} --batch-size 16', root, tmp_path)
     assert run.exit_code == 1
     assert run.error.splitlines()[-1].startswith(f'train-kd: error: {root / split}/7/')
@@ -267,10 +272,8 @@ def test_images_that_cannot_be_read_end_the_run_with_the_name_of_a_file(split, w
 
 def test_images_of_a_tar_that_cannot_be_read_are_named_with_the_tar(root):
     shutil.rmtree(root / 'train')
-    for index in range(12):
-        (root / 'train' / '0').mkdir(parents=True, exist_ok=True)
-        (root / 'train' / '0' / f'{index}.png').write_bytes(b'no image')
-    packed(root / 'train')
+    write_unreadable(root / 'train' / '0', 12)
+    pack(root, 'train')
     train_set, _ = create_datasets(str(root / 'train.tar'), num_classes=10, val_split='')
     with pytest.raises(RuntimeError, match=r'^0/3.png of .*train.tar and the 9 images after it cannot be read'):
         train_set[3]
@@ -285,9 +288,7 @@ def test_image_of_too_many_pixels_is_named(root, monkeypatch):
 
 def test_unreadable_images_up_to_nine_are_skipped_as_timm_does(root):
     shutil.rmtree(root / 'train')
-    for index in range(10):
-        (root / 'train' / '0').mkdir(parents=True, exist_ok=True)
-        (root / 'train' / '0' / f'{index}.png').write_bytes(b'no image')
+    write_unreadable(root / 'train' / '0', 9)
     Image.new('RGB', (4, 4)).save(root / 'train' / '0' / '9.png')
     train_set, _ = create_datasets(str(root), num_classes=10, val_split='')
     assert train_set[0][0].size == (4, 4)

@@ -20,6 +20,12 @@ def create(tmp_path):
 
 
 @pytest.fixture
+def start_from(create):
+    """Creates a `test_resnet` with the weights of a file."""
+    return lambda path: create('--model', 'test_resnet', '--pretrained', '--pretrained-path', path)
+
+
+@pytest.fixture
 def weights(tmp_path):
     """Saves the weights of another seed, changed by the function; returns the file and what it holds."""
     def save(change=lambda state: state, **options) -> tuple[str, dict[str, torch.Tensor]]:
@@ -50,17 +56,17 @@ def test_checked_student_and_random_streams_are_those_of_timm(model, flags, crea
     assert student.training
 
 
-def test_pretrained_file_of_another_class_count_gives_all_but_the_head(create, weights):
+def test_pretrained_file_of_another_class_count_gives_all_but_the_head(start_from, weights):
     path, saved = weights(num_classes=7)
-    student = create('--model', 'test_resnet', '--pretrained', '--pretrained-path', path).state_dict()
+    student = start_from(path).state_dict()
     body = [key for key in saved if not key.startswith('fc.')]
     assert_equal({key: student[key] for key in body}, {key: saved[key] for key in body})
     assert student['fc.weight'].shape == (10, saved['fc.weight'].shape[1])
 
 
-def test_pretrained_file_leaves_the_random_streams_as_timm_does(create, weights):
+def test_pretrained_file_leaves_the_random_streams_as_timm_does(start_from, weights):
     path, _ = weights(num_classes=10)
-    create('--model', 'test_resnet', '--pretrained', '--pretrained-path', path)
+    start_from(path)
     drawn = torch.rand(3)
     torch.manual_seed(0)
     overlay = dict(file=path, num_classes=-1)
@@ -74,26 +80,26 @@ def test_pretrained_file_leaves_the_random_streams_as_timm_does(create, weights)
     lambda state: {'state_dict': state, 'epoch': 3},
     lambda state: {key: value for key, value in state.items() if not key.startswith('layer1')},
 ], ids=['extra', 'of DDP', 'checkpoint', 'a part'])
-def test_pretrained_file_with_more_or_less_than_the_model_is_taken(change, create, weights):
+def test_pretrained_file_with_more_or_less_than_the_model_is_taken(change, start_from, weights):
     path, saved = weights(change)
-    student = create('--model', 'test_resnet', '--pretrained', '--pretrained-path', path).state_dict()
+    student = start_from(path).state_dict()
     saved = saved.get('state_dict', saved)
     key = next(key for key in saved if key.endswith('layer2.0.conv1.weight'))
     assert torch.equal(student['layer2.0.conv1.weight'], saved[key])
 
 
-def test_pretrained_file_saved_from_this_very_seed_is_taken(create, tmp_path):
+def test_pretrained_file_saved_from_this_very_seed_is_taken(start_from, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'weights.pth')
-    create('--model', 'test_resnet', '--pretrained', '--pretrained-path', str(tmp_path / 'weights.pth'))
+    start_from(str(tmp_path / 'weights.pth'))
 
 
 @pytest.mark.parametrize('level', ['INFO', 'ERROR'])
-def test_pretrained_file_of_other_names_is_refused_with_some_of_both(level, create, weights, caplog):
+def test_pretrained_file_of_other_names_is_refused_with_some_of_both(level, start_from, weights, caplog):
     caplog.set_level(level)  # other ranks than the first log errors alone
     path, _ = weights(lambda state: {f'encoder.{key}': value for key, value in state.items()})
     with pytest.raises(UsageError) as refused:
-        create('--model', 'test_resnet', '--pretrained', '--pretrained-path', path)
+        start_from(path)
     for words in (f'--pretrained-path {path}', '--model test_resnet', 'lacks conv1.0.weight', 'holds encoder.conv1.0'):
         assert words in str(refused.value)
     assert any(record.name == 'timm.models._builder' for record in caplog.records) == (level == 'INFO')

@@ -191,20 +191,18 @@ def test_batches_are_the_same_with_and_without_a_teacher(train, digits_teacher):
         assert losses == pytest.approx([row['train_loss'] for row in plain.rows], rel=1e-7)
 
 
-def test_distillation_is_faded_in_over_the_warmup_epochs(train, digits_teacher):
-    run = train(f'--teacher {digits_teacher} --kd-loss dkd --epochs 3 --kd-warmup-epochs 2 --task-loss-weight 0.5 '
-                '--distill-loss-weight 0.4 --val-split ""')
-    ramps = [(row['train_loss'] - 0.5 * row['train_task_loss']) / (0.4 * row['train_kd_loss']) for row in run.rows]
-    assert ramps == pytest.approx([0.5, 1.0, 1.0], rel=1e-5)
-
-
-def test_dkd_fades_in_over_a_twelfth_of_the_epochs_unless_told_otherwise(train, digits_teacher):
-    flags = f'--teacher {digits_teacher} --kd-loss dkd --epochs 24 --stop-epoch 3 --val-split ""'
-    default, at_once = train(flags, 'default'), train(f'{flags} --kd-warmup-epochs 0', 'at-once')
-    for run, warmup_epochs, expected in ((default, 2, [0.5, 1.0, 1.0]), (at_once, 0, [1.0, 1.0, 1.0])):
-        assert run.record['loss']['warmup_epochs'] == warmup_epochs
-        ramps = [(row['train_loss'] - row['train_task_loss']) / row['train_kd_loss'] for row in run.rows]
-        assert ramps == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize('flags, task_weight, kd_weight, warmup_epochs, ramps', [
+    ('--epochs 3 --kd-warmup-epochs 2 --task-loss-weight 0.5 --distill-loss-weight 0.4', 0.5, 0.4, 2, [0.5, 1, 1]),
+    ('--epochs 24 --stop-epoch 3', 1, 1, 2, [0.5, 1, 1]),  # unless told otherwise, a twelfth of the epochs
+    ('--epochs 24 --stop-epoch 3 --kd-warmup-epochs 0', 1, 1, 0, [1, 1, 1]),
+])
+def test_dkd_is_faded_in_over_the_warmup_epochs(
+        flags, task_weight, kd_weight, warmup_epochs, ramps, train, digits_teacher):
+    run = train(f'--teacher {digits_teacher} --kd-loss dkd --val-split "" {flags}')
+    assert run.record['loss']['warmup_epochs'] == warmup_epochs
+    for row, ramp in zip(run.rows, ramps, strict=True):
+        distilled = row['train_loss'] - task_weight * row['train_task_loss']
+        assert distilled == pytest.approx(ramp * kd_weight * row['train_kd_loss'], rel=1e-5)
 
 
 def test_without_validation_split_there_is_no_evaluation_and_the_train_loss_ranks(train, digits_teacher):
@@ -220,10 +218,12 @@ def test_epochs_between_validations_have_no_row_but_the_last_has_one(train, digi
     assert [row['epoch'] for row in run.rows] == [1, 2]
 
 
-def test_milestones_epoch_and_the_last_one_are_validated_whatever_the_interval(train):
-    run = train('--kd-loss tfnkd --val-interval 3 --epochs 6 --stop-epoch 4 --save-epochs 2')
+def test_milestone_is_kept_and_its_epoch_validated_whatever_the_interval_as_the_last_one_is(train):
+    run = train('--kd-loss tfnkd --val-interval 3 --epochs 6 --stop-epoch 4 --save-epochs 2 --checkpoint-hist 1')
     assert [row['epoch'] for row in run.rows] == [1, 2, 3]
-    assert run.checkpoint('milestone-2.pth.tar')['metric'] == run.rows[0]['eval_top1']
+    assert [path.name for path in run.folder.glob('milestone-*')] == ['milestone-2.pth.tar']
+    milestone = run.checkpoint('milestone-2.pth.tar')
+    assert (milestone['epoch'], milestone['metric']) == (1, run.rows[0]['eval_top1'])
 
 
 @pytest.mark.parametrize('flags', ['', '--sched-on-updates'])
@@ -237,12 +237,6 @@ def test_stop_epoch_ends_the_run_on_the_schedule_of_all_epochs(train):
     run = train('--kd-loss tfnkd --epochs 4 --stop-epoch 2 --val-split ""')
     cosine = [0.5 * 3e-3 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (0, 1)]
     assert [row['lr'] for row in run.rows] == pytest.approx(cosine)
-
-
-def test_save_epochs_keep_a_milestone_of_their_own(train):
-    run = train('--kd-loss tfnkd --epochs 3 --save-epochs 2 --val-split "" --checkpoint-hist 1')
-    milestones = sorted(path.name for path in run.folder.glob('milestone-*'))
-    assert milestones == ['milestone-2.pth.tar'] and run.checkpoint(milestones[0])['epoch'] == 1
 
 
 def test_timms_own_teacher_flag_is_the_same_run_as_ours(train, digits_teacher):
