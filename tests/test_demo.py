@@ -10,9 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_kd.cli import parse_args, resolve_kd
-from timm_kd.demo.__main__ import LOSSES, main
+from timm_kd.demo.__main__ import BASELINE, CONFIG, LOSSES, main, student_flags, train
 from timm_kd.demo.digits import write_digits
-from timm_kd.demo.training import BASELINE, CONFIG, student_flags, teacher_file, train
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +51,7 @@ def test_the_split_is_the_same_each_time(data, tmp_path):
 
 @pytest.mark.parametrize('loss', [BASELINE, *LOSSES])
 def test_students_differ_from_the_recipe_in_loss_and_teacher_alone(data, tmp_path, loss):
-    teacher = teacher_file(tmp_path / 'train')
+    teacher = tmp_path / 'train' / 'teacher' / 'last.pth.tar'
     teacher.parent.mkdir(parents=True)
     teacher.touch()
     recipe = [str(data), '-c', CONFIG]

@@ -268,17 +268,11 @@ def evaluate_teacher(
         tta: int = 0,
         distributed: bool = False,
 ) -> tuple[list[OrderedDict[str, float]], torch.Tensor]:
-    """Evaluate the members of a teacher in one pass.
-
-    Args:
-        members: The single teachers.
-        loader: Validation loader.
-        settings: How batches are handled.
-        tta: As for the student, so that both predict for the same rows.
-        distributed: Sum the counts over all ranks.
+    """Evaluate the members of a teacher in one pass, as `validate` does the student.
 
     Returns:
-        Metrics of each member, and the classes `[N]` that they predict together, in the order of the loader.
+        Metrics of each member, and the classes `[N]` that they predict together, in the order of the loader; with the
+        student's `tta`, they are for the same rows as the student's.
     """
     evaluator = TeacherEvaluator(len(members), settings.device, max_samples=evaluation_sample_limit(loader))
     metrics = validate(_SideBySide(members), loader, evaluator, settings, tta=tta, distributed=distributed)

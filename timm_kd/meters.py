@@ -190,13 +190,7 @@ class AgreementEvaluator(ClassificationEvaluator):
 
 
 class TeacherEvaluator:
-    """Evaluates the members of a teacher side by side, and keeps the classes that they predict together.
-
-    Args:
-        num_members: How many members there are.
-        device: Device of the running totals.
-        max_samples: Rows to count; those after it are the padding of a distributed sampler.
-    """
+    """Evaluates the members of a teacher side by side, and keeps the classes that they predict together."""
 
     def __init__(self, num_members: int, device: torch.device, *, max_samples: int | None = None):
         self._members = [ClassificationEvaluator(device, max_samples=max_samples) for _ in range(num_members)]

@@ -1,22 +1,31 @@
 """`python -m timm_kd.demo`: data, a teacher, students, and what they came to."""
 import argparse
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from ..losses import KD_LOSSES
 from ..report.curves import draw_curves, save_png
-from ..report.groups import Group, tabulate
+from ..report.groups import Group, last, tabulate
 from ..report.runs import read_run
 from ..report.table import markdown_table
 from .digits import write_digits
-from .training import BASELINE, STUDENT_MODEL, TEACHER_FLAGS, TEACHER_MODEL, command, python, student_flags, train
 
 TRAIN_IMAGES, FEW_IMAGES = 1000, 100  # of 1,797; the rest validates
 LOSSES = ('tfnkd', 'dkd', 'nkd')
 SEEDS = (0, 1, 2)
+CONFIG = 'digits_demo'  # a recipe that ships with the package
+TEACHER_MODEL, STUDENT_MODEL = 'test_resnet', 'test_efficientnet'
+BASELINE = 'cross-entropy'
+# Flags of the teacher beyond the recipe of the students.
+TEACHER_FLAGS = '--model', TEACHER_MODEL, '--train-split', 'train', '--batch-size', '50', '--epochs', '12'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,13 +60,13 @@ def _run(output: Path, losses: Sequence[str], seeds: Sequence[int], further: Seq
     print(f'1. Images in {data}/: {", ".join(f"{size:,} in {split}/" for split, size in sizes.items())}.\n')
 
     print(f'2. A teacher, {TEACHER_MODEL}, learns from the {TRAIN_IMAGES:,} images of train/ by cross-entropy.')
-    teacher = command(output, 'teacher', (*TEACHER_FLAGS, *further))
+    teacher = _command(output, 'teacher', (*TEACHER_FLAGS, *further))
     print(f'  $ {shlex.join(teacher)}', flush=True)
     train({'teacher': teacher}, runs)
 
     print(f'\n3. Students, {STUDENT_MODEL}, learn from the {FEW_IMAGES} images of few/ by each loss at its defaults.')
     students = {
-        f'{loss}-{seed}': command(output, f'{loss}-{seed}', (*student_flags(output, loss, seed), *further))
+        f'{loss}-{seed}': _command(output, f'{loss}-{seed}', (*student_flags(output, loss, seed), *further))
         for loss in losses
         for seed in seeds
     }
@@ -70,16 +79,65 @@ def _run(output: Path, losses: Sequence[str], seeds: Sequence[int], further: Seq
     print(f'This took {time.perf_counter() - start:.0f} s.')
 
 
+def _python() -> str:
+    """Return the interpreter, as one would type it."""
+    return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+
+
+def _command(output: Path, experiment: str, flags: Sequence[str]) -> list[str]:
+    """Return the command line of one training, as it can be repeated by hand."""
+    return [
+        _python(), '-m', 'timm_kd.train', str(output / 'digits'), '-c', CONFIG, *flags,
+        '--output', str(output / 'train'), '--experiment', experiment,
+    ]
+
+
+def student_flags(output: Path, loss: str, seed: int) -> list[str]:
+    """Return the flags of a student beyond the recipe: its loss, and the teacher where the loss needs one."""
+    flags = [] if loss == BASELINE else ['--kd-loss', loss]
+    if loss != BASELINE and KD_LOSSES[loss].needs_teacher:
+        # The last checkpoint teaches: the best would be chosen by the validation images.
+        teacher = output / 'train' / 'teacher' / 'last.pth.tar'
+        flags += ['--teacher', str(teacher), '--teacher-model', TEACHER_MODEL]
+    return [*flags, '--seed', str(seed)]
+
+
+def train(commands: dict[str, list[str]], runs: Path) -> None:
+    """Run command lines, by name, up to four at once with one thread each; what they say goes to `runs/NAME/log.txt`.
+
+    Raises:
+        SystemExit: If one fails; with the end of its log.
+    """
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
+    try:
+        list(pool.map(partial(_train_one, runs), commands, commands.values()))  # raises what one has raised
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _train_one(runs: Path, name: str, words: list[str]) -> None:
+    log = runs / name / 'log.txt'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with open(log, 'w') as stream:
+        environment = {'OMP_NUM_THREADS': '1', **os.environ}
+        code = subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+    if code:
+        raise SystemExit('\n'.join([*log.read_text().splitlines()[-5:], f'{name} failed with code {code}, see {log}']))
+    top1 = last('eval_top1')(read_run(log.parent))
+    print(f'  {name}: top-1 {top1:.1f} in {time.perf_counter() - start:.0f} s', flush=True)
+
+
 def _report(output: Path, losses: Sequence[str], seeds: Sequence[int]) -> None:
     runs = output / 'train'
-    groups = [Group([read_run(runs / f'{loss}-{seed}') for seed in seeds], {}, loss, {}) for loss in losses]
+    groups = [Group([read_run(runs / f'{loss}-{seed}') for seed in seeds], loss) for loss in losses]
     table = markdown_table(tabulate(groups, baseline=runs / f'{BASELINE}-{seeds[0]}'))
     (output / 'results.md').write_text(table)
     save_png(draw_curves(groups, clock=False), output / 'curves.png')
     push = ['-m', 'timm_kd.hub', 'push', str(runs / f'{losses[-1]}-{seeds[-1]}'), 'me/digits', '--dry-run']
     print(f'\n4. Results on validation/: mean ± standard deviation over the seeds.\n\n{table}\n'
           f'Table: {output}/results.md. Curves: {output}/curves.png. Runs: {runs}/NAME/ (summary.csv, log.txt, ...).\n'
-          f'What the last student would bring to the Hugging Face Hub:\n  $ {shlex.join([python(), *push])}')
+          f'What the last student would bring to the Hugging Face Hub:\n  $ {shlex.join([_python(), *push])}')
 
 
 def _check_installation() -> None:

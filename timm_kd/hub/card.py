@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg, is_model
 from ..losses import KD_LOSSES
 from ..losses.base import Paper
 from ..report.runs import Run
-from .scrub import scrub, scrub_command
+from .scrub import scrub
 
 _DEIT = """@inproceedings{touvron2021training,
   author = {Hugo Touvron and Matthieu Cord and Matthijs Douze and Francisco Massa and Alexandre Sablayrolles and
@@ -89,18 +89,10 @@ class Publication:
 
 
 def model_card(run: Run, publication: Publication, epoch: int | None, is_ema: bool, has_curves: bool) -> ModelCard:
-    """Return the card: `card.md.jinja`, filled in.
-
-    Args:
-        run: The run, as `read_run` has it.
-        publication: Where it goes, and what only its author can say about it.
-        epoch: The epoch of the published checkpoint: its metrics are the card's.
-        is_ema: Whether the published weights are the running mean of the student's.
-        has_curves: Whether `curves.png` lies beside the card.
-    """
+    """Return the card: `card.md.jinja`, filled in with the figures of `epoch`, that of the published checkpoint."""
     record, metrics, loss = run.record, run.epoch(epoch), run.record.get('loss')
     title = publication.repo_id.split('/')[-1]
-    command = scrub_command(record['command'])
+    command = shlex.join(scrub(shlex.split(record['command'])))
     teachers = [
         {**teacher, 'name': _hub_id(teacher['source']) or scrub(teacher['source']).removeprefix('local-dir:'),
          'hub_id': quote(_hub_id(teacher['source']) or '')}

@@ -27,12 +27,7 @@ _SOURCE_FACTS = (
 
 
 def export_run(run: Run, publication: Publication, checkpoint: str | None = None) -> list[Path]:
-    """Write `RUN_DIR/hub/`: weights, timm's config, model card, flags, epochs and curves.
-
-    Args:
-        run: The run, as `read_finished_run` has it.
-        publication: Where it goes, and what only its author can say about it.
-        checkpoint: A checkpoint other than the best one of the run.
+    """Write `RUN_DIR/hub/`: weights (the best, or those of `checkpoint`), timm's config, card, flags, curves.
 
     Returns:
         The files written, which are the files to upload: whatever else lies in the folder stays there.
@@ -93,7 +88,7 @@ def _load_student(run: Run, checkpoint: Path) -> nn.Module:
 def _draw_curves(run: Run, path: Path) -> bool:
     """Draw loss, accuracy and agreement over the epochs; return whether there is anything to draw, and matplotlib."""
     try:
-        figure = draw_curves([Group([run], {}, run.record['student']['model'], {})], _CURVES, clock=False)
+        figure = draw_curves([Group([run], run.record['student']['model'])], _CURVES, clock=False)
     except ImportError:
         _logger.warning('No curves in the model card: matplotlib is not installed (pip install timm-kd[demo]).')
         return False

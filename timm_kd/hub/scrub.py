@@ -1,7 +1,6 @@
 """What must not be published, taken out of flags and commands: absolute paths and tokens."""
 import os
 import re
-import shlex
 from typing import Any
 
 # A value, or the value behind `--flag=`, `key=` or `local-dir:`, that is an absolute path; `https://...` is none.
@@ -35,8 +34,3 @@ def without_token(text: str) -> str:
     """Replace Hub tokens by stars: what looks like one, and the one in use whatever it looks like."""
     token = os.environ.get('HF_TOKEN') or os.environ.get('HUGGING_FACE_HUB_TOKEN')
     return _HUB_TOKEN.sub('***', text.replace(token, '***') if token else text)
-
-
-def scrub_command(command: str) -> str:
-    """Apply `scrub` to each word of a shell command line."""
-    return shlex.join(scrub(shlex.split(command)))

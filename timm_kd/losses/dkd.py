@@ -66,7 +66,7 @@ class DKDLoss(DistillationLoss):
         cross = teacher_cross_(softened, teacher_split.rest, student, 1 / self.temperature)
         del softened  # the student's softened logits take its memory
         student_split = split(student * (1 / self.temperature), labels)
-        any_rest = teacher_split.has_rest()
+        any_rest = has_rest(teacher_split.log_parts)
         result = self._combine(
             scale * kl_divergence(teacher_split.log_parts, student_split.log_parts),
             scale * any_rest * kl_from_cross(cross, teacher_split.rest, student_split.rest),

@@ -106,9 +106,6 @@ class Split(NamedTuple):
     rest: Softmax
     log_parts: Tensor
 
-    def has_rest(self) -> Tensor:
-        return has_rest(self.log_parts)
-
 
 def split(logits: Tensor, labels: Labels) -> Split:
     """Return each row split; `logits` is consumed, a negligible value written at its labels."""

@@ -59,7 +59,7 @@ class NKDLoss(DistillationLoss):
         *prepared, scale = prepare(student, teacher, labels, self.logit_std)
         distributed, student_split, teacher_split = _distribute(*prepared, labels, self.temperature)
         del prepared  # standardised copies: the softmax of the soft term takes their memory
-        gamma = self.gamma * self.temperature * teacher_split.has_rest()
+        gamma = self.gamma * self.temperature * has_rest(teacher_split.log_parts)
         gradient = student_split.rest.probs
         if self.temperature == 1.0 and not self.logit_std:
             # The softmaxes of the distributed term give the soft term too: p_student = q_student * share of the rest,
@@ -97,7 +97,8 @@ def _distribute(
     softened = student * (1 / temperature)
     student_split = split(softened, labels)
     cross = softened.mul_(teacher_split.rest.probs).sum(1, keepdim=True)
-    return teacher_split.has_rest() * (student_split.rest.logsumexp() - cross), student_split, teacher_split
+    rows = has_rest(teacher_split.log_parts) * (student_split.rest.logsumexp() - cross)
+    return rows, student_split, teacher_split
 
 
 def _log_target(logits: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:

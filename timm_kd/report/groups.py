@@ -1,7 +1,7 @@
 """Runs that differ in their seed alone, as one group; groups beside each other, as a table."""
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -71,14 +71,14 @@ class Group:
 
     Attributes:
         runs: The runs, in the order of their seeds.
-        settings: What they share.
         label: The settings that tell the group from the others, for a legend.
-        different: The same by flag, `-` where a flag is unset.
+        settings: What the runs share.
+        different: What `label` says, by flag; `-` where a flag is unset.
     """
     runs: list[Run]
-    settings: dict[str, Any]
     label: str
-    different: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    different: dict[str, str] = field(default_factory=dict)
 
     def spread(self, figure: Callable[[Run], float | None]) -> Spread | None:
         """Return a figure of the runs over the seeds."""
@@ -115,7 +115,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
         members.sort(key=lambda run: (run.args.get('seed') or 0, str(run.folder)))
         different = {name: _text(own.get(name)) or '-' for name in differing}
         label = ' '.join(f'{name}={value}' for name, value in different.items() if value != '-')
-        groups.append(Group(members, own, label or str(own.get('model') or members[0].folder.name), different))
+        groups.append(Group(members, label or str(own.get('model') or members[0].folder.name), own, different))
     return groups
 
 

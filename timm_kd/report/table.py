@@ -42,16 +42,7 @@ def csv_table(rows: list[Row]) -> str:
 
 
 def html_page(rows: list[Row], path: Path, title: str, note: str, problems: list[str], svg: str | None) -> str:
-    """Return one page without scripts or styles from elsewhere.
-
-    Args:
-        rows: The table.
-        path: Where the page will lie; the links to the runs' folders start there.
-        title: Its title.
-        note: What the figures are.
-        problems: Sentences on folders that could not be read.
-        svg: The curves, or None for none.
-    """
+    """Return one page without scripts or styles from elsewhere. It will lie at `path`, where its links start."""
     head, cells = _table(rows)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -69,13 +60,9 @@ def html_page(rows: list[Row], path: Path, title: str, note: str, problems: list
 
 
 def _table(rows: list[Row], every_figure: bool = False) -> tuple[list[str], list[list[Any]]]:
-    """Return the names of the columns and the cells of each row.
+    """Return the names of the columns and the cells of each row; figures that no group has only if `every_figure`.
 
     A cell is text, a count, or the `Spread` of a figure, '' where it is not known.
-
-    Args:
-        rows: The rows.
-        every_figure: Keep the columns of figures that no group has.
     """
     flags = list(rows[0].group.different) or ['run']
     figures = [name for name in rows[0].figures if every_figure or any(row.figures[name] for row in rows)]

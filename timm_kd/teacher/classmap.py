@@ -27,18 +27,19 @@ class ClassMap(nn.Module):
     A softmax over the picked logits is the teacher's distribution given that the class is one of the student's.
 
     Args:
+        name: What the map was given as.
         indices: The teacher's index for each class of the student; -1: the teacher does not know the class, and its
             logit is -inf.
         device: Where the indices are kept.
     """
 
-    def __init__(self, indices: list[int], device: torch.device | None = None):
+    def __init__(self, name: str, indices: list[int], device: torch.device | None = None):
         super().__init__()
+        self.name = name
         index = torch.tensor(indices, device=device)
         missing = index == _MISSING
-        self.num_missing = int(missing.sum())
         self.register_buffer('index', index.clamp(min=0), persistent=False)
-        self.register_buffer('missing', missing if self.num_missing else None, persistent=False)
+        self.register_buffer('missing', missing if missing.any() else None, persistent=False)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits `[B, student classes]` in logits `[B, teacher classes]`."""
@@ -49,6 +50,11 @@ class ClassMap(nn.Module):
         """Return the sha256 of the map."""
         index = self.index if self.missing is None else self.index.masked_fill(self.missing, _MISSING)
         return hashlib.sha256(json.dumps(index.tolist()).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Say in words which classes are picked."""
+        lacking = '' if self.missing is None else f' ({int(self.missing.sum())} masked)'
+        return f'{len(self.index)} classes by {self.name}{lacking}'
 
 
 def load_class_map(spec: str | Path, num_classes: int, teacher_classes: int, missing: str = 'error') -> list[int]:

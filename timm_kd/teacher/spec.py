@@ -124,18 +124,7 @@ def load_model(
         model_kwargs: dict[str, Any] | None = None,
         use_ema: bool = False,
 ) -> nn.Module:
-    """Build the teacher's model with its weights, on the CPU in float32.
-
-    Args:
-        spec: See `locate`.
-        num_classes: The student's classes. Checked, never used to rebuild a head; it sizes the model of a weights file
-            that does not tell. None: the teacher has classes of its own.
-        in_chans: Channels of the images. A teacher of 1 or 3 channels keeps its own where the images have 3 or 1;
-            for other counts timm adapts the stem's weights.
-        img_size: Input size to build a model of fixed size for.
-        model: Architecture, for a weights file only.
-        model_kwargs: Further arguments of the architecture.
-        use_ema: Take the averaged weights of a weights file.
+    """Build the teacher's model with its weights, on the CPU in float32; the arguments are those of `Teacher`.
 
     Raises:
         UsageError: If the teacher is unknown, cannot be had, does not load, or has other classes than the student.

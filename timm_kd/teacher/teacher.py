@@ -56,7 +56,6 @@ class Teacher(nn.Module):
         model_name: Architecture.
         num_params: Parameters of the model as loaded.
         num_classes: Columns of the logits; None for a module that does not tell, until its first batch.
-        members: The single teachers behind this one: itself.
         folded: Whether batch norms are folded.
 
     Raises:
@@ -97,14 +96,14 @@ class Teacher(nn.Module):
         self.num_params = sum(p.numel() for p in net.parameters())
         own_classes = getattr(inner, 'num_classes', None)
         device = torch.device(device) if device is not None else next((p.device for p in net.parameters()), None)
-        self.class_map_name, self.classes = None, None
+        self.classes = None
         if class_map is None:
             check_num_classes(self.source, own_classes, num_classes)
         elif num_classes is None or own_classes is None:
             raise UsageError(f'`class_map` {class_map} needs the class counts of student and teacher.')
         else:
             indices = load_class_map(class_map, num_classes, own_classes, class_map_missing)
-            self.class_map_name, self.classes = str(class_map), ClassMap(indices, device)
+            self.classes = ClassMap(str(class_map), indices, device)
         self.num_classes = num_classes or own_classes
 
         self.dtype_name = dtype
@@ -302,10 +301,8 @@ class Teacher(nn.Module):
             None if self._compile_options is None else f'compiled by {self._compile_options["backend"]}',
             'channels-last' if self.channels_last else 'contiguous',
             f'images {self.inputs.describe()}',
+            None if self.classes is None else self.classes.describe(),
         ]
-        if self.classes is not None:
-            lacking = f' ({self.classes.num_missing} masked)' if self.classes.num_missing else ''
-            parts.append(f'{self.num_classes} classes by {self.class_map_name}{lacking}')
         return ', '.join(part for part in parts if part)
 
 
@@ -329,10 +326,7 @@ class TeacherEnsemble(nn.Module):
         members: The teachers, each with its own adaptation to the student's images and classes.
 
     Attributes:
-        members: The teachers.
         source: Their sources.
-        model_name: Their architectures.
-        num_params: Parameters of all of them.
         num_classes: Columns of the logits.
     """
 
@@ -340,8 +334,6 @@ class TeacherEnsemble(nn.Module):
         super().__init__()
         self._members = nn.ModuleList(members)
         self.source = ' + '.join(m.source for m in members)
-        self.model_name = ' + '.join(m.model_name for m in members)
-        self.num_params = sum(m.num_params for m in members)
         self.num_classes = members[0].num_classes
         self.eval()
 
