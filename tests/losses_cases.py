@@ -39,20 +39,25 @@ def takes_teacher(variant):
 UNMASKED = [variant for variant in VARIANTS if takes_teacher(variant) and variant not in STANDARDISED]  # no -inf
 
 
+def kd_term(variant, student, teacher, target, plain=False):
+    """Return `kd_loss` of a new loss."""
+    return create(variant, plain)(student, teacher if takes_teacher(variant) else None, target)['kd_loss']
+
+
 def evaluate(variant, student, teacher, target, plain=False):
     """Return `kd_loss` and its gradient."""
     student = student.detach().requires_grad_()
-    value = create(variant, plain)(student, teacher if takes_teacher(variant) else None, target)['kd_loss']
+    value = kd_term(variant, student, teacher, target, plain)
     value.backward()
     return value.detach(), student.grad
 
 
-def make_batch(batch_size=6, num_classes=7, pairs=False, seed=0, scale=2.0):
-    """Return student and teacher logits, float64, and hard or mixed targets (one row of a mixed batch is unmixed)."""
+def make_batch(batch_size=6, num_classes=7, pairs=False, seed=0, scale=2.0, dtype=torch.float64, device='cpu'):
+    """Return student and teacher logits, and hard or mixed targets (one row of a mixed batch is unmixed)."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (
-        scale * torch.randn(batch_size, num_classes, dtype=torch.float64, generator=generator) for _ in range(2))
-    target = torch.randint(num_classes, (batch_size,), generator=generator)
+        scale * torch.randn(batch_size, num_classes, dtype=dtype, generator=generator).to(device) for _ in range(2))
+    target = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
     if not pairs:
         return student, teacher, target
     lam = torch.rand(batch_size, 1, dtype=torch.float64, generator=generator)

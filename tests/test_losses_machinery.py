@@ -2,6 +2,7 @@
 import pytest
 import torch
 from common import peak_bytes
+from losses_cases import make_batch
 from timm.data.mixup import mixup_target
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -11,13 +12,6 @@ from torch.utils._pytree import tree_leaves
 from timm_kd.losses import KD_LOSSES, create_kd_loss
 
 DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
-
-
-def make_batch(batch_size=4, num_classes=5, dtype=torch.float64, device='cpu'):
-    generator = torch.Generator().manual_seed(1)
-    student, teacher = (
-        torch.randn(batch_size, num_classes, dtype=dtype, generator=generator).to(device) for _ in range(2))
-    return student, teacher, torch.randint(num_classes, (batch_size,), generator=generator).to(device)
 
 
 def make_loss(name, teacher, **params):
@@ -32,7 +26,7 @@ def make_loss(name, teacher, **params):
     ('kd', {}, 3), ('dkd', {}, 3), ('nkd', {}, 3), ('nkd', {'temperature': 3.0}, 3), ('tfnkd', {}, 2), ('tfkd', {}, 2),
 ])
 def test_forward_and_backward_hold_few_logit_sized_tensors(name, params, tensors, device):
-    student, teacher, target = make_batch(64, 5000, torch.float32, device)
+    student, teacher, target = make_batch(64, 5000, dtype=torch.float32, device=device)
     student.requires_grad_()
     loss = make_loss(name, teacher, **params)
 
@@ -49,7 +43,7 @@ def test_forward_and_backward_hold_few_logit_sized_tensors(name, params, tensors
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_graph_keeps_one_logit_sized_tensor(name, device):
-    student, teacher, target = make_batch(64, 5000, torch.float32, device)
+    student, teacher, target = make_batch(64, 5000, dtype=torch.float32, device=device)
     loss = make_loss(name, teacher)(student.requires_grad_(), target)
     saved = [tensor for tensor in loss.grad_fn.saved_tensors if tensor.numel() >= student.numel()]
     assert len(saved) == 1
@@ -96,7 +90,7 @@ def test_no_value_is_read_back_in_forward_on_a_gpu(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_no_host_sync_on_a_gpu(name):
-    student, teacher, target = make_batch(device='cuda', dtype=torch.float32)
+    student, teacher, target = make_batch(4, 5, device='cuda', dtype=torch.float32)
     loss = make_loss(name, teacher)
     loss(student.requires_grad_(), target).backward()
     torch.cuda.set_sync_debug_mode('error')
@@ -109,7 +103,7 @@ def test_no_host_sync_on_a_gpu(name):
 
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_compiles_without_graph_breaks(name):
-    student, teacher, target = make_batch(dtype=torch.float32)
+    student, teacher, target = make_batch(4, 5, dtype=torch.float32)
     loss = make_loss(name, teacher)
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
@@ -122,7 +116,7 @@ def test_compiles_without_graph_breaks(name):
 
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_func_grad_of_a_functional_call_is_autograds(name):
-    _, teacher, target = make_batch()
+    _, teacher, target = make_batch(4, 5)
     loss = make_loss(name, teacher)
     torch.manual_seed(0)
     model, images = torch.nn.Linear(3, 5).double(), torch.randn(4, 3, dtype=torch.float64)
@@ -135,7 +129,7 @@ def test_func_grad_of_a_functional_call_is_autograds(name):
 
 @pytest.mark.parametrize('name', ['kd', 'dkd', 'nkd', 'tfkd'])
 def test_func_vmap_gives_the_gradient_of_each_sample(name):
-    student, teacher, target = make_batch()
+    student, teacher, target = make_batch(4, 5)
     loss = make_loss(name, teacher)
     whole = grad(loss)(student, target)
 
@@ -147,7 +141,7 @@ def test_func_vmap_gives_the_gradient_of_each_sample(name):
 
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_func_forward_mode_and_hessian_work(name):
-    student, teacher, target = make_batch()
+    student, teacher, target = make_batch(4, 5)
     loss = make_loss(name, teacher)
     direction = torch.ones_like(student).cumsum(1)
     gradient = grad(loss)(student, target)
@@ -162,7 +156,7 @@ def test_func_forward_mode_and_hessian_work(name):
 
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_without_gradient_nothing_is_computed_for_it(name):
-    student, teacher, target = make_batch()
+    student, teacher, target = make_batch(4, 5)
     loss = make_loss(name, teacher)
     with torch.no_grad():
         value = loss(student.requires_grad_(), target)

@@ -1,9 +1,10 @@
-"""Without a KD flag a run trains as timm's parts do in the plainest loop: every number agrees bit for bit.
+"""A run without distillation trains as timm's parts do in the plainest loop: every number agrees bit for bit.
 
 The loop stands here, knows nothing of timm_kd, and trains in the same process: both sides meet the same processor,
 torch and threads, whichever these are.
 """
 import math
+from collections import defaultdict
 from itertools import islice
 
 import pytest
@@ -21,8 +22,8 @@ from timm.loss import (
 )
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationEvaluator
-from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.task import ClassificationEvaluator, ClassificationTask
+from timm.utils import AverageMeter, dispatch_clip_grad, random_seed
 
 CPU = torch.device('cpu')
 MIXING = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.7, label_smoothing=0.1, num_classes=10)
@@ -30,15 +31,16 @@ MIXING_FLAGS = '--mixup 0.8 --cutmix 1.0 --mixup-prob 0.7'
 
 
 def train_reference(
-        data, *, workers=0, splits=0, mixing=None, mixup_off=None, prefetcher=True, drop_path=0.0, criterion=None,
-        ema=None, layer_decay=None, opt='adamw', lr=3e-3, accumulate=1, clip=None, bfloat16=False, scale_power=0,
-        schedule=(), metric='top1', **loading,
+        data, make_task=ClassificationTask, *, epochs=3, workers=0, splits=0, split_bn=False,
+        mixing=None, mixup_off=None, prefetcher=True, model_args=(), criterion=None, ema=None, layer_decay=None,
+        opt='adamw', lr=3e-3, accumulate=1, clip=None, bfloat16=False, scale_power=0, schedule=(), metric='top1',
+        **loading,
 ):
-    """Trains a `test_resnet` for three epochs; returns the rows of summary.csv, the model and its EMA."""
+    """Train a task of timm on the digits; return the rows of summary.csv, and the task."""
     random_seed(42, 0)
-    model = create_model('test_resnet', num_classes=10, drop_path_rate=drop_path)
+    model = create_model(**{'model_name': 'test_resnet', 'num_classes': 10, **dict(model_args)})
     config = resolve_data_config({'img_size': 32}, model=model)
-    if splits:
+    if split_bn:
         model = convert_splitbn_model(model, splits)
     common = dict(
         batch_size=32, input_size=config['input_size'], mean=config['mean'], std=config['std'], device=CPU,
@@ -54,53 +56,73 @@ def train_reference(
         crop_pct=config['crop_pct'], **common)
     if lr is None:  # 0.1 for 256 images an update, in proportion to their number or, for AdamW, to its root
         lr = 0.1 * (loader.batch_sampler.average_batch_size * accumulate / 256) ** (0.5 if opt == 'adamw' else 1)
-    optimizer = create_optimizer_v2(model, opt, lr=lr, weight_decay=2e-5, momentum=0.9, layer_decay=layer_decay)
+    task = make_task(model, criterion=criterion or LabelSmoothingCrossEntropy(0.1))
+    optimizer = create_optimizer_v2(
+        task.get_trainable_module(), opt, lr=lr, weight_decay=2e-5, momentum=0.9, layer_decay=layer_decay)
     updates = math.ceil(len(loader) / accumulate)
-    scheduler, _ = create_scheduler_v2(optimizer, **{'num_epochs': 3, **dict(schedule)}, updates_per_epoch=updates)
-    criterion = criterion or LabelSmoothingCrossEntropy(0.1)
-    averaged = ModelEmaV3(model, **ema) if ema else None
+    scheduler, _ = create_scheduler_v2(optimizer, **{'num_epochs': epochs, **dict(schedule)}, updates_per_epoch=updates)
+    if ema:
+        task.setup_ema(**ema)
     rows = []
-    for epoch in range(3):
+    for epoch in range(epochs):
         if hasattr(loader.batch_sampler, 'set_epoch'):
             loader.batch_sampler.set_epoch(epoch)
         if epoch == mixup_off:
             (mixer or loader).mixup_enabled = False
-        model.train()
-        losses, batches, done = AverageMeter(), iter(loader), epoch * updates
+        task.train()
+        meters, batches, done = defaultdict(AverageMeter), iter(loader), epoch * updates
         for _ in range(updates):
             group = list(islice(batches, accumulate))
             for images, target in group:
                 if mixer:
                     images, target = mixer(images, target)
                 with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
-                    loss = criterion(model(images), target) / len(group)
+                    result = task(images, target)
+                    loss = result['loss'] / len(group)
                 scale = (len(images) / loader.batch_sampler.average_batch_size) ** scale_power if scale_power else 1.0
                 (loss * scale).backward(create_graph=opt == 'adahessian')
-                losses.update(loss.item() * len(group), len(images))
+                scalars = {name: value.item() for name, value in result.items() if name != 'output'}
+                for name, value in {**scalars, 'loss': loss.item() * len(group)}.items():
+                    meters[f'train_{name}'].update(value, len(images))
             if clip:
                 parameters = list(model.parameters())
                 dispatch_clip_grad(parameters[:-2] if clip[1] == 'agc' else parameters, *clip)
             optimizer.step()
             optimizer.zero_grad()
             done += 1
-            if averaged:
-                averaged.update(model, step=done)
+            task.update_ema(step=done)
             scheduler.step_update(done)
         if hasattr(optimizer, 'sync_lookahead'):
             optimizer.sync_lookahead()
         evaluator = ClassificationEvaluator(CPU)
-        for evaluated in () if metric is None else (model, averaged) if averaged else (model,):
-            evaluated.eval()
+        for averaged in () if metric is None else (False, True) if ema else (False,):
+            evaluated = task.get_eval_model(ema=averaged).eval()
             evaluator.reset()
             for images, target in eval_loader:
                 with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
                     evaluator.update(evaluated(images), target)
         rates = [group['lr'] for group in optimizer.param_groups]
         metrics = {} if metric is None else evaluator.compute()
-        rows.append({'epoch': epoch, 'train_loss': losses.avg, 'lr': sum(rates) / len(rates),
+        averages = {name: meter.avg for name, meter in meters.items()}
+        rows.append({'epoch': epoch, **averages, 'lr': sum(rates) / len(rates),
                      **{f'eval_{name}': value for name, value in metrics.items()}})
-        scheduler.step(epoch + 1, metrics.get(metric, losses.avg))
-    return rows, model, averaged
+        scheduler.step(epoch + 1, metrics.get(metric, averages['train_loss']))
+    return rows, task
+
+
+def flatten(state):
+    return {f'{part}.{name}': value for part, inner in state.items() for name, value in (
+        inner.items() if isinstance(inner, dict) else [('', inner)])}
+
+
+def assert_saved(checkpoint, task):
+    """Fail unless a checkpoint has the weights of a task, their average and what else it trains, bit for bit."""
+    expected = task.get_checkpoint_state() | task.get_checkpoint_state(ema=True)
+    assert {part for part in checkpoint if part.startswith(('state_dict', 'task_state'))} == expected.keys()
+    for part, state in expected.items():
+        state, saved = flatten(state), flatten(checkpoint[part])
+        assert saved.keys() == state.keys()
+        assert all(torch.equal(saved[name], value) for name, value in state.items()), part
 
 
 @pytest.mark.parametrize('flags, settings', [
@@ -114,7 +136,7 @@ def train_reference(
         id='mixup in the loop'),
     pytest.param(
         '--model-ema --model-ema-decay 0.98 --model-ema-warmup --drop-path 0.2',
-        dict(ema=dict(decay=0.98, use_warmup=True), drop_path=0.2), id='ema'),
+        dict(ema=dict(decay=0.98, use_warmup=True), model_args=dict(drop_path_rate=0.2)), id='ema'),
     pytest.param(
         '--sched-on-updates --warmup-epochs 1 --warmup-lr 1e-5 --grad-accum-steps 2 --min-lr 1e-4',
         dict(accumulate=2, schedule=dict(step_on_epochs=False, warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-4)),
@@ -137,8 +159,8 @@ def train_reference(
     pytest.param(
         '--aug-splits 3 --jsd-loss --split-bn --aa rand-m9-mstd0.5-inc1 --resplit --reprob 0.3',
         dict(
-            splits=3, criterion=JsdCrossEntropy(num_splits=3, smoothing=0.1), auto_augment='rand-m9-mstd0.5-inc1',
-            re_split=True, re_prob=0.3, re_mode='pixel'), id='augmentation splits'),
+            splits=3, split_bn=True, criterion=JsdCrossEntropy(num_splits=3, smoothing=0.1), re_split=True,
+            auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.3, re_mode='pixel'), id='augmentation splits'),
     pytest.param(
         '--sched plateau --patience-epochs 0 --decay-rate 0.5 --opt momentum --lr 0.4',
         dict(
@@ -176,12 +198,6 @@ def train_reference(
 ])
 def test_run_agrees_with_a_plain_loop_of_timms_parts_bit_for_bit(flags, settings, train, digits):
     run = train(f'--epochs 3 {flags}')
-    rows, model, averaged = train_reference(digits, **settings)
+    rows, task = train_reference(digits, **settings)
     assert run.rows == rows
-    expected = {'state_dict': model, **({'state_dict_ema': averaged.module} if averaged else {})}
-    saved = run.checkpoint()
-    assert {name for name in saved if name.startswith('state_dict')} == expected.keys()
-    for name, module in expected.items():
-        weights = module.state_dict()
-        assert saved[name].keys() == weights.keys()
-        assert all(torch.equal(saved[name][key], weights[key]) for key in weights), name
+    assert_saved(run.checkpoint(), task)

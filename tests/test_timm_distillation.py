@@ -1,18 +1,17 @@
 """timm's own feature and token distillation, driven by the script with teachers of this project."""
 import copy
-import itertools
+from functools import partial
 
 import pytest
 import timm
 import torch
 import yaml
 from helpers import STILL, Run, build, digits_batch, run_on_ranks, run_script
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, AugMixDataset, create_dataset, create_loader
-from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy
+from test_reference_loop import assert_saved, flatten, train_reference
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.loss import JsdCrossEntropy
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
-from timm.task import ClassificationEvaluator, FeatureDistillationTask, TokenDistillationTask
-from timm.utils import AverageMeter, random_seed
+from timm.task import FeatureDistillationTask, TokenDistillationTask
 from torch import nn
 
 from timm_kd import Teacher
@@ -47,47 +46,6 @@ def deit_like_teacher(tmp_path_factory):
     return save_vit(tmp_path_factory.mktemp('teacher') / 'vit', IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def train_by_hand(data, make_task, student=None, splits=0, epochs=2, lr=3e-3):
-    """Trains timm's task in the plainest loop; returns the rows of summary.csv and the task."""
-    random_seed(42, 0)
-    model = timm.create_model(**(student or dict(model_name='test_resnet')), num_classes=10)
-    norm = {name: model.pretrained_cfg[name] for name in ('mean', 'std', 'interpolation')}
-    common = dict(batch_size=32, input_size=(3, 32, 32), device=torch.device('cpu'), num_workers=0)
-    dataset = create_dataset('', data, 'train', is_training=True)
-    if splits:
-        dataset = AugMixDataset(dataset, num_splits=splits)
-    loader = create_loader(
-        dataset, is_training=True, num_aug_splits=splits, **common, **{**norm, 'interpolation': 'random'})
-    eval_loader = create_loader(
-        create_dataset('', data, 'validation', is_training=False), **common, **norm,
-        crop_pct=model.pretrained_cfg['crop_pct'])
-    task = make_task(model, JsdCrossEntropy(splits) if splits else LabelSmoothingCrossEntropy(0.1))
-    optimizer = create_optimizer_v2(task.get_trainable_module(), 'adamw', lr=lr, weight_decay=2e-5)
-    task.setup_ema(decay=0.9)
-    rows, updates = [], itertools.count(1)
-    for epoch in range(epochs):
-        task.train()
-        meters = {}
-        for images, target in loader:
-            result = task(images, target)
-            result['loss'].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            task.update_ema(step=next(updates))
-            for name, value in result.items():
-                if name != 'output':
-                    meters.setdefault(f'train_{name}', AverageMeter()).update(value.item(), len(images))
-        for ema in (False, True):
-            evaluator, evaluated = ClassificationEvaluator('cpu'), task.get_eval_model(ema=ema).eval()
-            with torch.no_grad():
-                for images, target in eval_loader:
-                    evaluator.update(evaluated(images), target)
-        rows.append({
-            'epoch': epoch, **{name: meter.avg for name, meter in meters.items()}, 'lr': lr,
-            **{f'eval_{name}': value for name, value in evaluator.compute().items()}})
-    return rows, task
-
-
 @pytest.mark.parametrize('flags, task, settings, student, splits', [
     (FEATURE, FeatureDistillationTask, {}, None, 0),
     (f'{FEATURE} --jsd-loss --aug-splits 2', FeatureDistillationTask, {}, None, 2),
@@ -100,25 +58,16 @@ def train_by_hand(data, make_task, student=None, splits=0, epochs=2, lr=3e-3):
 def test_run_is_that_of_timms_task_bit_for_bit(
         flags, task, settings, student, splits, train, digits, vit_teacher, deit_like_teacher):
     source = f'local-dir:{deit_like_teacher if student else vit_teacher}'
-    run = train(f'--kd-model-name {source} {flags} --epochs 2 --model-ema --model-ema-decay 0.9 '
-                '--sched none')
-    teacher = timm.create_model(source, pretrained=True)
-    rows, reference = train_by_hand(
-        digits, lambda model, criterion: task(model, teacher, criterion, verbose=False, **settings), student, splits)
+    run = train(f'--kd-model-name {source} {flags} --epochs 2 --model-ema --model-ema-decay 0.9')
+    rows, reference = train_reference(
+        digits, partial(task, teacher_model=timm.create_model(source, pretrained=True), verbose=False, **settings),
+        epochs=2, model_args=student or {}, splits=splits, criterion=JsdCrossEntropy(splits) if splits else None,
+        ema=dict(decay=0.9))
     assert [{name: row[name] for name in rows[0]} for row in run.rows] == rows
-    expected = reference.get_checkpoint_state() | reference.get_checkpoint_state(ema=True)
     saved = run.checkpoint()
-    assert {name for name in saved if name.startswith(('state_dict', 'task_state'))} == expected.keys()
-    assert ('task_state_ema' in expected) == (task is FeatureDistillationTask)  # the projection, 96 to 48
-    for part, state in expected.items():
-        for name, value in flatten(state).items():
-            assert torch.equal(flatten(saved[part])[name], value), f'{part} {name}'
-    assert not any('teacher' in name for part in expected for name in flatten(saved[part]))
-
-
-def flatten(state: dict) -> dict[str, torch.Tensor]:
-    return {f'{part}.{name}': value for part, inner in state.items() for name, value in (
-        inner.items() if isinstance(inner, dict) else [('', inner)])}
+    assert_saved(saved, reference)
+    assert ('task_state_ema' in saved) == (task is FeatureDistillationTask)  # the projection, 96 to 48
+    assert not any('teacher' in name for part in ('state_dict', 'task_state') for name in flatten(saved.get(part, {})))
 
 
 def test_teacher_with_another_normalisation_and_size_is_adapted(digits_teacher):
