@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback, for tests: what the real client needs to push, pull and be refused.
 
     with Hub(tokens={'hf_writer': 'me'}) as hub:
-        ...                                  # a client process with HF_ENDPOINT=hub.url and HF_HUB_DISABLE_XET=1
+        ...                                  # a client process with the environment hub.environment(home)
 
 The paths, headers and statuses are those that `huggingface_hub` sends and reads (its sources are the specification):
 https://huggingface.co/docs/hub/api, and the Git LFS batch API. Content lives in memory.
@@ -10,12 +10,14 @@ https://huggingface.co/docs/hub/api, and the Git LFS batch API. Content lives in
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
@@ -51,8 +53,7 @@ class Fault:
 
 
 class Hub:
-    """Serve a Hub: `repos` is its state, `log` has (method, path, status) of every request answered, `authorized`
-    whether each came with a token.
+    """Serve a Hub: `repos` is its state, `log` has (method, path, status, whether with a token) of every request.
 
     Args:
         tokens: User name by token.
@@ -64,8 +65,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
-        self.log: list[tuple[str, str, int | None]] = []
-        self.authorized: list[tuple[str, bool]] = []
+        self.log: list[tuple[str, str, int | None, bool]] = []
         self.lock = threading.Lock()
         handler = type('Handler', (_Handler,), {'hub': self})
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
@@ -81,6 +81,14 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Return the environment of a process whose client speaks to this Hub; a token may lie in its home."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
+        return kept | {
+            'HF_ENDPOINT': self.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1',
+            'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'OMP_NUM_THREADS': '1', 'NO_PROXY': '127.0.0.1,localhost',
+        }
 
     def fail(self, method: str, path: str, status: int | None, times: float = float('inf'), body: str = '') -> None:
         """Answer the next `times` requests whose path matches with a status, or cut them (status None)."""
@@ -131,10 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.authorized.append((path, bool(self._token)))
         fault = self.hub.take_fault(self.command, path)
         if fault and fault.status is None:
-            self.hub.log.append((self.command, path, None))
+            self.hub.log.append((self.command, path, None, bool(self._token)))
             self.rfile.read(min(1024, int(self.headers.get('Content-Length', 0)) // 2))
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
@@ -146,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Answer(fault.status, {'error': fault.body}, {'Retry-After': '0', 'X-Error-Message': fault.body})
             self._route(path)
         except _Answer as answer:
-            self.hub.log.append((self.command, path, answer.status))
+            self.hub.log.append((self.command, path, answer.status, bool(self._token)))
             self.send_response(answer.status)
             headers = {'Content-Type': 'application/json', 'Content-Length': str(len(answer.body)), **answer.headers}
             for name, value in headers.items():
@@ -168,7 +175,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str) -> None:
         name = r'(?P<repo_id>[^/]+/[^/]+)'
         routes: list[tuple[str, str, Callable[..., None]]] = [
-            ('GET', r'/api/whoami-v2', self._whoami),
             ('POST', r'/api/repos/create', self._create_repo),
             ('POST', r'/api/validate-yaml', self._validate_yaml),
             ('GET', rf'/api/models/{name}(/revision/(?P<revision>.+))?', self._model_info),
@@ -177,7 +183,6 @@ class _Handler(BaseHTTPRequestHandler):
             ('POST', rf'/api/models/{name}/commit/(?P<revision>.+)', self._commit),
             ('POST', rf'/{name}\.git/info/lfs/objects/batch', self._lfs_batch),
             ('PUT', rf'/lfs/upload/{name}/(?P<oid>\w+)', self._lfs_upload),
-            ('POST', r'/lfs/verify', self._lfs_verify),
             ('GET', r'/lfs/download/(?P<oid>\w+)', self._lfs_download),
             ('GET', rf'/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)', self._resolve),
             ('HEAD', rf'/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)', self._resolve),
@@ -218,9 +223,6 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Answer(403, {'error': message}, {'X-Error-Message': message})
 
     # The API
-
-    def _whoami(self) -> None:
-        raise _Answer(200, {'type': 'user', 'name': self._user(), 'orgs': []})
 
     def _create_repo(self) -> None:
         request, user = json.loads(self.body), self._user()
@@ -269,13 +271,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._writable(repo_id)
         objects = []
         for item in json.loads(self.body)['objects']:
-            actions = {
-                'upload': {'href': f'{self.hub.storage_url}/lfs/upload/{repo_id}/{item["oid"]}'},
-                'verify': {'href': f'{self.hub.url}/lfs/verify'},
-            }
-            objects.append({**item, 'authenticated': True, 'actions': actions})
-            if item['oid'] in self.hub.blobs:
-                objects[-1].pop('actions')
+            objects.append({**item, 'authenticated': True})
+            if item['oid'] not in self.hub.blobs:
+                upload = {'href': f'{self.hub.storage_url}/lfs/upload/{repo_id}/{item["oid"]}'}
+                objects[-1]['actions'] = {'upload': upload}
         raise _Answer(200, {'transfer': 'basic', 'objects': objects})
 
     def _lfs_upload(self, repo_id: str, oid: str) -> None:
@@ -283,11 +282,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(400, {'error': 'the content does not have this hash'})
         self.hub.blobs[oid] = self.body
         raise _Answer(200)
-
-    def _lfs_verify(self) -> None:
-        request = json.loads(self.body)
-        is_there = len(self.hub.blobs.get(request['oid'], b'')) == request['size']
-        raise _Answer(200 if is_there else 404)
 
     def _lfs_download(self, oid: str) -> None:
         raise _Answer(200, self.hub.blobs[oid], {'Content-Type': 'application/octet-stream'})

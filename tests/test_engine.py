@@ -1,4 +1,6 @@
 """The arithmetic of an epoch, beside closed forms and timm's own meters."""
+import itertools
+
 import pytest
 import torch
 from timm.optim import create_optimizer_v2
@@ -10,6 +12,7 @@ from timm_kd.engine import StepSettings, evaluate_teacher, train_one_epoch, vali
 from timm_kd.meters import AgreementEvaluator, NonFiniteLoss, SkippedSteps, StepTotals
 
 CPU = torch.device('cpu')
+SETTINGS = StepSettings(CPU, prefetched=False)
 
 
 def batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -52,8 +55,7 @@ def test_train_loss_is_that_of_timms_meter_bit_for_bit():
     with torch.no_grad():
         for input, target in data:
             meter.update(task(input, target)['loss'].item(), len(input))
-    train_one_epoch(
-        task, data, torch.optim.SGD(task.parameters(), lr=0.0), 0, StepSettings(CPU, prefetched=False), totals)
+    train_one_epoch(task, data, torch.optim.SGD(task.parameters(), lr=0.0), 0, SETTINGS, totals)
     assert totals.averages()['loss'] == meter.avg
 
 
@@ -63,25 +65,23 @@ def test_batch_loss_scale_follows_the_batch_size(scale, factor):
     assert settings.loss_scale(4) == factor
 
 
-class Diverging(ClassificationTask):
-    """Its loss and the part that makes it up turn NaN in the fourth batch."""
+class Failing(ClassificationTask):
+    """Its loss, and the component that makes it up, have another value in some batches, counted from 0."""
 
-    def __init__(self):
+    def __init__(self, where, value=float('inf')):
+        torch.manual_seed(0)
         super().__init__(nn.Linear(3, 5), nn.CrossEntropyLoss(), verbose=False)
-        self.calls = 0
+        self.factors = (value if index in where else 1.0 for index in itertools.count())
 
     def forward(self, input, target):
         result = super().forward(input, target)
-        self.calls += 1
-        factor = float('nan') if self.calls >= 4 else 1.0
-        loss = result['loss']
-        return {**result, 'loss': loss * factor, 'task_loss': loss, 'kd_loss': loss * factor}
+        loss = result['loss'] * next(self.factors)
+        return {**result, 'loss': loss, 'task_loss': result['loss'], 'kd_loss': loss}
 
 
 def test_non_finite_loss_names_epoch_batch_and_component():
-    task, totals = Diverging(), StepTotals(CPU)
-    train_one_epoch(
-        task, batches(6), torch.optim.SGD(task.parameters(), lr=0.1), 2, StepSettings(CPU, prefetched=False), totals)
+    task, totals = Failing(range(3, 6), float('nan')), StepTotals(CPU)
+    train_one_epoch(task, batches(6), torch.optim.SGD(task.parameters(), lr=0.1), 2, SETTINGS, totals)
     with pytest.raises(NonFiniteLoss, match='epoch 2, batch 3: kd_loss'):
         totals.check_finite(2)
 
@@ -102,32 +102,17 @@ def test_loss_of_a_batch_is_whole_under_accumulation(divisor):
 
 
 def test_loss_scaler_may_skip_a_few_batches_in_a_row():
-    task, totals = Diverging(), StepTotals(CPU)
+    task, totals = Failing(range(3, 6), float('nan')), StepTotals(CPU)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
-    train_one_epoch(
-        task, batches(6), optimizer, 0, StepSettings(CPU, prefetched=False), totals, loss_scaler=NativeScaler('cpu'))
+    train_one_epoch(task, batches(6), optimizer, 0, SETTINGS, totals, loss_scaler=NativeScaler('cpu'))
     totals.check_finite(0, allowed_in_a_row=4)
     with pytest.raises(NonFiniteLoss):
         totals.check_finite(0, allowed_in_a_row=3)
 
 
-class Overflowing(ClassificationTask):
-    """Its loss is infinite in some batches, counted from 0."""
-
-    def __init__(self, where):
-        torch.manual_seed(0)
-        super().__init__(nn.Linear(3, 5), nn.CrossEntropyLoss(), verbose=False)
-        self.calls, self.where = 0, where
-
-    def forward(self, input, target):
-        result = super().forward(input, target)
-        self.calls += 1
-        return {**result, 'loss': result['loss'] * float('inf')} if self.calls - 1 in self.where else result
-
-
 @pytest.mark.parametrize('optimizer, options', [('sgd', {}), ('sgd', dict(fused=True)), ('lookahead_sgd', {})])
 def test_steps_that_the_scaler_skips_in_a_row_are_counted_whoever_skips_them(optimizer, options):
-    task = Overflowing(where={1, 4, 5, 6})
+    task = Failing({1, 4, 5, 6})
     optimizer = create_optimizer_v2(task, optimizer, lr=0.1, **options)
     skipped, counts = SkippedSteps(optimizer), []
 
@@ -136,21 +121,20 @@ def test_steps_that_the_scaler_skips_in_a_row_are_counted_whoever_skips_them(opt
         counts.append(skipped.most_in_a_row())
 
     train_one_epoch(
-        task, batches(9), optimizer, 0, StepSettings(CPU, prefetched=False), StepTotals(CPU),
-        loss_scaler=NativeScaler('cpu'), on_update=count)
+        task, batches(9), optimizer, 0, SETTINGS, StepTotals(CPU), loss_scaler=NativeScaler('cpu'), on_update=count)
     assert counts == [0, 1, 1, 1, 1, 2, 3, 3, 3]
     assert task.trainable_module.weight.isfinite().all()
 
 
 def test_averages_are_those_of_the_batches_that_the_scaler_did_not_skip():
     data, totals, meter = [*batches(5), *batches(1, size=3)], StepTotals(CPU), AverageMeter()
-    plain = Overflowing(where=())
+    plain = linear_task()
     for index, (input, target) in enumerate(data):
         if index not in (0, 3):
             meter.update(plain(input, target)['loss'].item(), len(input))
-    task = Overflowing(where={0, 3})
+    task = Failing({0, 3})
     train_one_epoch(
-        task, data, torch.optim.SGD(task.parameters(), lr=0.0), 0, StepSettings(CPU, prefetched=False), totals,
+        task, data, torch.optim.SGD(task.parameters(), lr=0.0), 0, SETTINGS, totals,
         loss_scaler=NativeScaler('cpu'))
     assert totals.averages()['loss'] == meter.avg
     assert int(totals.num_bad) == 2
@@ -172,7 +156,7 @@ def test_validation_counts_every_sample_once():
     data = [*batches(2), *batches(1, size=3)]
     input, target = (torch.cat(parts) for parts in zip(*data, strict=True))
     evaluator = linear_task().create_evaluator()
-    metrics = validate(model, data, evaluator, StepSettings(CPU, prefetched=False))
+    metrics = validate(model, data, evaluator, SETTINGS)
     with torch.no_grad():
         output = model(input)
     assert metrics['top1'] == pytest.approx(100 * (output.argmax(1) == target).double().mean().item())
@@ -192,9 +176,8 @@ def test_agreement_ignores_the_padding_of_a_distributed_sampler():
 def test_teacher_and_student_of_the_same_weights_agree_whatever_is_averaged(tta):
     model, data = linear_task().trainable_module, batches(3, size=6)
     model.describe, model.num_classes, model.source = lambda: 'linear', 5, 'itself'
-    settings = StepSettings(CPU, prefetched=False)
-    (metrics,), predictions = evaluate_teacher([model], data, settings, tta=tta)
+    (metrics,), predictions = evaluate_teacher([model], data, SETTINGS, tta=tta)
     evaluator = AgreementEvaluator(predictions, CPU)
-    of_student = validate(model, data, evaluator, settings, tta=tta)
+    of_student = validate(model, data, evaluator, SETTINGS, tta=tta)
     assert len(predictions) == (6 if tta else 18)
     assert of_student == {**metrics, 'agreement': 100.0}

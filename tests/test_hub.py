@@ -4,6 +4,7 @@ import ast
 import contextlib
 import csv
 import html
+import importlib
 import io
 import json
 import logging
@@ -25,14 +26,16 @@ import torch
 import yaml
 from hub_server import Hub
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from timm.models import load_checkpoint
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from timm_kd.errors import UsageError
-from timm_kd.hub import push_run
+from timm_kd.hub import check_access, push_run
 from timm_kd.hub.scrub import scrub
 from timm_kd.losses import KD_LOSSES
+from timm_kd.teacher import create_teacher
 
 TOKEN = 'hf_thisIsTheWritersSecretToken'
 READ_TOKEN = 'hf_thisTokenMayOnlyRead'
@@ -125,8 +128,6 @@ def push(run_dir: Path, repo_id: str, token: str | None = TOKEN, **options: obje
 
 
 def check(repo_id: str, token: str | None = TOKEN, **options: object) -> None:
-    from timm_kd.hub import check_access
-
     log_in(token)
     check_access(repo_id, **options)
 
@@ -138,40 +139,22 @@ def pull(name: str, cache: Path, images: np.ndarray, token: str | None = TOKEN) 
 
 
 def teach(spec: str, images: np.ndarray) -> np.ndarray:
-    from timm_kd.teacher import create_teacher
-
     log_in(TOKEN)
     torch.set_num_threads(1)
     # The images come normalised for the teacher, so none of its numbers change on the way.
     return create_teacher(spec, num_classes=len(CLASSES), dtype='float32')(torch.from_numpy(images)).numpy()
 
 
-def train(argv: list[str], token: str | None = TOKEN) -> tuple[int, str]:
-    """Run the training script; return its exit code and standard error."""
-    from timm_kd.train import main
-
+def run(module: str, argv: list[str], token: str | None = TOKEN) -> tuple[int, str, str]:
+    """Run a command line; return its exit code, standard output and standard error."""
     log_in(token)
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        try:
-            main(argv)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-    return code, errors.getvalue()
-
-
-def run_hub_command(argv: list[str]) -> tuple[int, str]:
-    """Exit code and standard output of `python -m timm_kd.hub`."""
-    from timm_kd.hub.__main__ import main
-
-    log_in(TOKEN)
     code = 0
-    with contextlib.redirect_stdout(io.StringIO()) as output:
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
-            main(argv)
+            importlib.import_module(module).main(argv)
         except SystemExit as stop:
             code = stop.code
-    return code, output.getvalue()
+    return code, output.getvalue(), errors.getvalue()
 
 
 def execute(snippet: str, folder: Path) -> str:
@@ -179,14 +162,6 @@ def execute(snippet: str, folder: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(snippet, {})
     return output.getvalue()
-
-
-def client_environment(url: str, home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
-    return kept | {
-        'HF_ENDPOINT': url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
-        'OMP_NUM_THREADS': '1', 'NO_PROXY': '127.0.0.1,localhost',
-    }
 
 
 @pytest.fixture(scope='module')
@@ -201,23 +176,9 @@ def hub():
 
 
 @pytest.fixture(scope='module')
-def cut_push(hub, tmp_path_factory):
-    """Start the command line while every upload is cut."""
-    folder = tmp_path_factory.mktemp('cut')
-    run_dir = make_run(folder / 'run', seed=1)
-    hub.fail('PUT', '/lfs/upload/me/cut/', status=None)
-    environment = client_environment(hub.url, folder / 'home') | {'HF_TOKEN': TOKEN}
-    command = [sys.executable, '-m', 'timm_kd.hub', 'push', str(run_dir), 'me/cut', '--license', 'mit']
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    yield run_dir, process
-    process.kill()
-    process.communicate()
-
-
-@pytest.fixture(scope='module')
 def client(hub, tmp_path_factory):
     """Call a function of this module in a process whose Hub client speaks to the loopback Hub."""
-    environment, before = client_environment(hub.url, tmp_path_factory.mktemp('home')), dict(os.environ)
+    environment, before = hub.environment(tmp_path_factory.mktemp('home')), dict(os.environ)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
         try:
             os.environ.clear()
@@ -304,8 +265,6 @@ def test_a_private_repository_is_pulled_with_the_token_only(hub, client, run_dir
 
 
 def test_the_usage_snippet_of_the_card_runs(hub, client, pushed, tmp_path):
-    from PIL import Image
-
     Image.new('RGB', (48, 40), 'teal').save(tmp_path / 'image.jpg')
     card = ModelCard(hub.files(pushed)['README.md'].decode())
     snippet = card.text.split('```python\n')[1].split('```')[0]
@@ -351,8 +310,10 @@ def test_a_hub_that_hangs_up_is_a_usage_error_before_training(hub, client):
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub, pushed):
-    storage = {authorized for path, authorized in hub.authorized if path.startswith('/lfs/upload')}
-    api = {authorized for path, authorized in hub.authorized if path.startswith('/api/repos/create')}
+    storage, api = (
+        {with_token for _, path, _, with_token in hub.log if path.startswith(folder)}
+        for folder in ('/lfs/upload', '/api/repos/create')
+    )
     assert storage == {False} and True in api
 
 
@@ -387,25 +348,28 @@ def test_the_client_retries_an_upload_that_was_cut_and_one_the_storage_refused(h
     hub.fail('PUT', '/lfs/upload/me/flaky/', status=None, times=1)
     hub.fail('PUT', '/lfs/upload/me/flaky/', status=503, times=1)
     client(push, run_dir, 'me/flaky')
-    assert {('PUT', None), ('PUT', 503)} <= {(method, status) for method, _, status in hub.log}
+    assert {('PUT', None), ('PUT', 503)} <= {(method, status) for method, _, status, _ in hub.log}
     logits, _ = client(pull, 'me/flaky', tmp_path / 'cache', images)
     np.testing.assert_array_equal(logits, expected_logits(run_dir, images))
 
 
 @pytest.mark.soak  # the client waits half a minute between its tries
-def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_works(hub, client, cut_push):
-    run_dir, process = cut_push
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 4
-    assert TOKEN not in output + errors
+def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_works(hub, client, tmp_path):
+    run_dir = make_run(tmp_path / 'run', seed=1)
+    hub.fail('PUT', '/lfs/upload/me/cut/', status=None)
+    environment = hub.environment(tmp_path / 'home') | {'HF_TOKEN': TOKEN}
+    command = [sys.executable, '-m', 'timm_kd.hub', 'push', str(run_dir), 'me/cut', '--license', 'mit']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4
+    assert TOKEN not in done.stdout + done.stderr
     assert {path.name for path in (run_dir / 'hub').iterdir()} == FILES
     assert set(hub.files('me/cut')) == {'.gitattributes'}
 
     hub.faults.clear()
-    _, _, command = errors.strip().splitlines()[-1].partition('To try again: ')
+    _, _, command = done.stderr.strip().splitlines()[-1].partition('To try again: ')
     python, dash_m, module, *argv = shlex.split(command)
     assert (python, dash_m, module) == ('python', '-m', 'timm_kd.hub')
-    code, output = client(run_hub_command, argv)
+    code, output, _ = client(run, 'timm_kd.hub.__main__', argv)
     oid, _, files = hub.repos['me/cut'].branches['main'][-1]
     assert (code, output.strip()) == (0, f'{hub.url}/me/cut/commit/{oid}')
     assert set(files) - {'.gitattributes'} == FILES
@@ -417,8 +381,6 @@ def test_the_command_line_survives_a_hub_that_cuts_every_upload_and_its_advice_w
 @pytest.fixture(scope='module')
 def training(tmp_path_factory):
     """Return the flags of a short run on an image folder of three classes of coloured noise."""
-    from PIL import Image
-
     folder, rng = tmp_path_factory.mktemp('data'), np.random.default_rng(0)
     for split in ('train', 'validation'):
         for channel, name in enumerate(CLASSES):
@@ -436,7 +398,7 @@ def training(tmp_path_factory):
 def test_the_script_trains_with_a_teacher_of_the_hub_and_pushes_what_timm_pulls(
         hub, client, pushed, training, images, tmp_path,
 ):
-    environment = client_environment(hub.url, tmp_path / 'home') | {'HF_TOKEN': TOKEN}
+    environment = hub.environment(tmp_path / 'home') | {'HF_TOKEN': TOKEN}
     script = Path(__file__).parent.parent / 'train_kd.py'
     flags = ['--teacher', f'hf-hub:{pushed}', '--push-to-hub', 'me/trained', '--hub-private', '--experiment', 'pushed']
     done = subprocess.run(
@@ -464,7 +426,7 @@ def test_the_script_trains_with_a_teacher_of_the_hub_and_pushes_what_timm_pulls(
 
 def test_without_a_token_the_script_stops_before_training(client, training):
     flags = ['--teacher', 'local-dir:/nowhere', '--push-to-hub', 'me/never', '--experiment', 'no-token']
-    code, errors = client(train, training + flags, token=None)
+    code, _, errors = client(run, 'timm_kd.train', training + flags, token=None)
     assert code == 2 and '--push-to-hub me/never: no Hugging Face token: run `hf auth login`' in errors
     assert not Path(training[-1], 'no-token').exists()
 
@@ -472,7 +434,7 @@ def test_without_a_token_the_script_stops_before_training(client, training):
 def test_a_push_that_fails_at_the_end_keeps_the_trained_student_and_exits_with_4(hub, client, pushed, training):
     hub.fail('POST', '/api/models/me/lost/commit', status=500)
     flags = ['--teacher', f'hf-hub:{pushed}', '--push-to-hub', 'me/lost', '--experiment', 'not-pushed']
-    code, errors = client(train, training + flags)
+    code, _, errors = client(run, 'timm_kd.train', training + flags)
     output = Path(training[-1], 'not-pushed')
     assert code == 4 and f'python -m timm_kd.hub push {output} me/lost' in errors
     assert (output / 'model_best.pth.tar').exists()

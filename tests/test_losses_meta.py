@@ -1,12 +1,15 @@
-"""Training steps on the meta device, which holds no values, and forwards on a GPU that is not there.
+"""Teachers and training steps on the meta device, which holds no values, and forwards on a GPU that is not there.
 
 To read one back (`.item()`, `bool(tensor)`), which makes the host wait for a GPU, is an error on the meta device, and
 so is a tensor that was left on the CPU: a step that runs does neither, on any device. torch lets a tensor without
 dimensions pass, which it copies to the GPU in each step: `NoneOfTheHost` does not.
 """
+import contextlib
+
 import pytest
 import timm
 import torch
+from helpers import build
 from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
@@ -19,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from timm_kd import KDTask, Teacher
 from timm_kd.losses import KD_LOSSES, create_kd_loss
 from timm_kd.meters import AgreementEvaluator, StepTotals, TeacherEvaluator
-from timm_kd.teacher import TeacherEnsemble
+from timm_kd.teacher import create_teacher
 from timm_kd.teacher_cache.layout import RowLayout
 
 BATCH, CLASSES = 4, 10
@@ -52,27 +55,32 @@ class NoneOfTheHost(TorchDispatchMode):
 
 @pytest.fixture(scope='module')
 def make_teacher(tmp_path_factory):
-    """Make a teacher on the meta device that has checked its first answer, as it does once in a run."""
+    """Make a teacher that has checked its first answer, as it does once in a run."""
     path = tmp_path_factory.mktemp('maps') / 'map.txt'
     path.write_text('\n'.join(map(str, [*range(CLASSES - 1), -1])))
-
-    def one(**options):
-        model = timm.create_model('test_resnet', num_classes=CLASSES)
-        return Teacher(model, CLASSES, mean=(0.3,) * 3, std=(0.4,) * 3, dtype='float32', **options)
-
+    norm = {'mean': (0.1, 0.2, 0.3), 'std': (0.2, 0.3, 0.4)}
     kinds = {
-        'teacher': one,
-        'class map': lambda: one(class_map=path, class_map_missing='mask'),
-        'ensemble': lambda: TeacherEnsemble([one(), one()]),
-        'stored logits': lambda: Stored(RowLayout(CLASSES)),
-        'stored largest logits': lambda: Stored(RowLayout(CLASSES, topk=3)),
+        'teacher': lambda **options: Teacher(build(), CLASSES, **norm, **options),
+        'resized': lambda **options: Teacher(build('test_vit'), CLASSES, **norm, img_size=64, **options),
+        'class map': lambda **options: Teacher(
+            build(), CLASSES, **norm, class_map=path, class_map_missing='mask', **options),
+        'ensemble': lambda **options: create_teacher([build(), build('test_vit')], CLASSES, **norm, **options),
+        'stored logits': lambda dtype: Stored(RowLayout(CLASSES)),
+        'stored largest logits': lambda dtype: Stored(RowLayout(CLASSES, topk=3)),
     }
 
-    def make(kind):
-        teacher = kinds[kind]()
+    def make(kind, dtype='float32'):
+        teacher = kinds[kind](dtype=dtype)
         teacher(torch.zeros(BATCH, 3, 32, 32))
-        return teacher.to(META)
+        return teacher
     return make
+
+
+def on_a_gpu(teacher, mode):
+    """Return what a teacher does on CUDA, as a function of the images."""
+    tensors = (*teacher.named_parameters(), *teacher.named_buffers())
+    state = {name: mode.from_tensor(tensor).to('cuda') for name, tensor in tensors}
+    return lambda images: functional_call(teacher, state, (images,))
 
 
 def train_step(name, teacher, mixed, opt='adamw', **params):
@@ -109,11 +117,33 @@ def test_reading_a_value_back_is_an_error_on_the_meta_device():
         torch.empty(3, device=META) + torch.ones(())
 
 
+LIVE = ['teacher', 'resized', 'class map', 'ensemble']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'amp'])
+@pytest.mark.parametrize('kind', LIVE)
+def test_teacher_of_each_precision_reads_nothing_back(make_teacher, kind, dtype):
+    teacher = make_teacher(kind, dtype).to(META)
+    with NoneOfTheHost():
+        logits = teacher(torch.empty(BATCH, 3, 32, 32, device=META))
+    assert logits.shape == (BATCH, teacher.num_classes) and logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('kind', LIVE)
+def test_teacher_of_each_precision_goes_through_on_a_gpu(make_teacher, kind, dtype):
+    teacher = make_teacher(kind, dtype)
+    with FakeTensorMode() as mode:
+        logits = on_a_gpu(teacher, mode)(torch.empty(BATCH, 3, 32, 32, device='cuda'))
+    assert logits.device.type == 'cuda' and logits.shape == (BATCH, teacher.num_classes)
+    assert logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize('plain', [False, True], ids=['closed', 'plain'])
 @pytest.mark.parametrize('mixed', [False, True], ids=['hard', 'mixed'])
 @pytest.mark.parametrize('name', KD_LOSSES)
 def test_step_of_each_loss_reads_nothing_back(make_teacher, name, mixed, plain):
-    teacher = make_teacher('teacher') if KD_LOSSES[name].needs_teacher else None
+    teacher = make_teacher('teacher').to(META) if KD_LOSSES[name].needs_teacher else None
     totals = train_step(name, teacher, mixed, double_backward=plain)
     assert totals.sums.device == META
     assert {'loss', 'task_loss', 'kd_loss', *KD_LOSSES[name].component_names} == set(totals.names)
@@ -121,18 +151,18 @@ def test_step_of_each_loss_reads_nothing_back(make_teacher, name, mixed, plain):
 
 @pytest.mark.parametrize('name', [name for name in TEACHED if 'logit_std' in KD_LOSSES[name].hyper_parameters()])
 def test_step_with_standardised_logits_reads_nothing_back(make_teacher, name):
-    train_step(name, make_teacher('teacher'), mixed=True, logit_std=True)
+    train_step(name, make_teacher('teacher').to(META), mixed=True, logit_std=True)
 
 
 @pytest.mark.parametrize('mixed', [False, True], ids=['hard', 'mixed'])
 @pytest.mark.parametrize('kind', ['class map', 'ensemble', 'stored logits', 'stored largest logits'])
 @pytest.mark.parametrize('name', TEACHED)
 def test_step_with_each_kind_of_teacher_reads_nothing_back(make_teacher, name, kind, mixed):
-    train_step(name, make_teacher(kind), mixed)
+    train_step(name, make_teacher(kind).to(META), mixed)
 
 
 def test_step_of_plain_sgd_reads_nothing_back(make_teacher):
-    train_step('kd', make_teacher('teacher'), mixed=False, opt='momentum')
+    train_step('kd', make_teacher('teacher').to(META), mixed=False, opt='momentum')
 
 
 @pytest.mark.parametrize('options', [{}, {'dtype': 'float32'}, {'topk': 3}], ids=['float16', 'float32', 'largest'])
@@ -156,37 +186,19 @@ def test_validation_reads_nothing_back_before_its_end():
         student.compute()
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def autocast_of_a_gpu_that_is_not_there():
     """Fake tensors may be on CUDA, under its float16 autocast: `torch.autocast` itself does nothing without a GPU."""
     was_on, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
     with FakeTensorMode() as mode:
         torch.set_autocast_enabled('cuda', True)
         torch.set_autocast_dtype('cuda', torch.float16)
-        yield mode
-        torch.set_autocast_enabled('cuda', was_on)
-        torch.set_autocast_dtype('cuda', dtype)
-        torch.clear_autocast_cache()
-
-
-@pytest.fixture(params=['bfloat16', 'amp'])
-def teacher_on_a_gpu(request):
-    """Make a teacher that has checked its first answer; what it does on CUDA, as a function of the images."""
-    teacher = Teacher(
-        timm.create_model('test_resnet', num_classes=CLASSES), CLASSES, mean=(0.3,) * 3, std=(0.4,) * 3,
-        dtype=request.param,
-    )
-    teacher(torch.zeros(BATCH, 3, 32, 32))
-    precisions = []
-    teacher.model.register_forward_hook(lambda module, images, logits: precisions.append(logits.dtype))
-
-    def make(mode):
-        tensors = (*teacher.named_parameters(), *teacher.named_buffers())
-        state = {name: mode.from_tensor(tensor).to('cuda') for name, tensor in tensors}
-        return lambda images: functional_call(teacher, state, (images,))
-    make.precisions = precisions
-    make.expected = torch.float16 if request.param == 'amp' else torch.bfloat16
-    return make
+        try:
+            yield mode
+        finally:
+            torch.set_autocast_enabled('cuda', was_on)
+            torch.set_autocast_dtype('cuda', dtype)
+            torch.clear_autocast_cache()
 
 
 def forward_on_a_gpu(name, mixed, teacher=None):
@@ -207,15 +219,18 @@ def check_precisions(result):
 
 @pytest.mark.parametrize('mixed', [False, True], ids=['hard', 'mixed'])
 @pytest.mark.parametrize('name', [name for name, loss in KD_LOSSES.items() if not loss.needs_teacher])
-def test_forward_under_float16_autocast_goes_through_on_a_gpu(autocast_of_a_gpu_that_is_not_there, name, mixed):
+def test_forward_under_float16_autocast_goes_through_on_a_gpu(name, mixed):
     """Forward alone: backward asks for a CUDA context."""
-    check_precisions(forward_on_a_gpu(name, mixed))
+    with autocast_of_a_gpu_that_is_not_there():
+        check_precisions(forward_on_a_gpu(name, mixed))
 
 
 @pytest.mark.parametrize('mixed', [False, True], ids=['hard', 'mixed'])
+@pytest.mark.parametrize(('dtype', 'inside'), [('bfloat16', torch.bfloat16), ('amp', torch.float16)])
 @pytest.mark.parametrize('name', TEACHED)
-def test_forward_with_a_teacher_under_float16_autocast_goes_through_on_a_gpu(
-        teacher_on_a_gpu, autocast_of_a_gpu_that_is_not_there, name, mixed,
-):
-    check_precisions(forward_on_a_gpu(name, mixed, teacher_on_a_gpu(autocast_of_a_gpu_that_is_not_there)))
-    assert teacher_on_a_gpu.precisions == [teacher_on_a_gpu.expected]
+def test_forward_with_a_teacher_under_float16_autocast_goes_through_on_a_gpu(make_teacher, name, dtype, inside, mixed):
+    teacher, precisions = make_teacher('teacher', dtype), []
+    teacher.model.register_forward_hook(lambda module, images, logits: precisions.append(logits.dtype))
+    with autocast_of_a_gpu_that_is_not_there() as mode:
+        check_precisions(forward_on_a_gpu(name, mixed, on_a_gpu(teacher, mode)))
+    assert precisions == [inside]

@@ -81,26 +81,17 @@ def test_narrow_teacher_gets_images_resized_in_float32():
     assert torch.equal(seen, exact.bfloat16())
 
 
-def test_teacher_of_fixed_size_gets_it_unasked():
-    model = build('test_vit', dynamic_img_size=False)
-    resized = torch.nn.functional.interpolate(picture(), (160, 160), mode='bicubic', antialias=True)
+@pytest.mark.parametrize(('name', 'kwargs', 'asked', 'size', 'interpolation'), [
+    ('test_vit', {'dynamic_img_size': False}, None, 160, 'bicubic'),  # a fixed size is given unasked
+    ('test_resnet', {}, 64, 64, 'bilinear'),
+    ('test_resnet', {}, None, 32, None),
+])
+def test_teacher_gets_the_size_that_it_has_or_was_asked_for(name, kwargs, asked, size, interpolation):
+    model, images = build(name, **kwargs), picture(size=32)
+    if interpolation:
+        images = torch.nn.functional.interpolate(images, (size, size), mode=interpolation, antialias=True)
     with torch.no_grad():
-        torch.testing.assert_close(Teacher(model, 5, dtype='float32')(picture()), model(resized))
-
-
-def test_flexible_teacher_takes_images_as_they_come():
-    model = build('test_resnet')
-    teacher = Teacher(model, 5, dtype='float32')
-    with torch.no_grad():
-        torch.testing.assert_close(teacher(picture(size=40)), model(picture(size=40)))
-
-
-def test_asked_for_size_is_given():
-    model = build('test_resnet')
-    teacher = Teacher(model, 5, img_size=64, dtype='float32')
-    resized = torch.nn.functional.interpolate(picture(), (64, 64), mode='bilinear', antialias=True)
-    with torch.no_grad():
-        torch.testing.assert_close(teacher(picture()), model(resized))
+        torch.testing.assert_close(Teacher(model, 5, img_size=asked, dtype='float32')(picture()), model(images))
 
 
 def test_size_that_a_built_model_cannot_take_is_refused():
@@ -108,21 +99,16 @@ def test_size_that_a_built_model_cannot_take_is_refused():
         Teacher(build('test_vit', dynamic_img_size=False), 5, img_size=64)
 
 
-def test_fixed_size_model_is_built_for_the_asked_size(tmp_path):
-    timm.models.save_for_hf(build('test_vit'), tmp_path, safe_serialization=True)
-    teacher = Teacher(str(tmp_path), 5, img_size=64, dtype='float32')
-    expected = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=64).eval()
-    resized = torch.nn.functional.interpolate(picture(), (64, 64), mode='bicubic', antialias=True)
+@pytest.mark.parametrize(('name', 'built_for', 'images'), [
+    ('test_vit', {'img_size': 64}, picture(size=64)),
+    ('test_resnet', {'in_chans': 5}, picture(5)),
+])
+def test_model_is_built_by_timm_for_the_asked_size_and_for_multi_band_images(tmp_path, name, built_for, images):
+    timm.models.save_for_hf(build(name), tmp_path, safe_serialization=True)
+    teacher = Teacher(str(tmp_path), 5, **built_for, dtype='float32')
+    expected = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **built_for).eval()
     with torch.no_grad():
-        torch.testing.assert_close(teacher(picture()), expected(resized), rtol=1e-4, atol=1e-4)
-
-
-def test_multi_band_images_have_timm_adapt_the_stem(tmp_path):
-    timm.models.save_for_hf(build('test_resnet'), tmp_path, safe_serialization=True)
-    teacher = Teacher(str(tmp_path), 5, in_chans=5, dtype='float32')
-    expected = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=5).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(teacher(picture(5)), expected(picture(5)))
+        torch.testing.assert_close(teacher(images), expected(images), rtol=1e-4, atol=1e-4)
 
 
 def test_grey_images_leave_the_stem_of_an_rgb_teacher_alone(tmp_path):

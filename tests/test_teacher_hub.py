@@ -1,4 +1,4 @@
-"""Teachers on a Hub on loopback: public, private, gated, absent, and never a token in what is said of them."""
+"""Teachers on a Hub on loopback, and in the client's cache; never a token in what is said of them."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ from timm_kd.teacher import Teacher
 images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 for spec in sys.argv[1:]:
     try:
-        print(*Teacher(spec, 5, dtype='float32')(images)[0].tolist())
+        print(*Teacher(spec, dtype='float32')(images)[0].tolist())
     except UsageError as error:
         print('refused', error)
 '''
@@ -48,13 +48,10 @@ def hub(tmp_path_factory):
         yield hub
 
 
-def ask(hub: Hub, home: Path, *specs: str, token: str | None = None) -> dict[str, str]:
+def ask(environment: dict[str, str], *specs: str) -> dict[str, str]:
     """What a process of its own gets from each spec; fails if it says the token anywhere."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
-    env.update(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_DISABLE_XET='1', OMP_NUM_THREADS='1')
-    if token is not None:
-        (home / 'token').write_text(token)  # where `hf auth login` keeps it
-    result = subprocess.run([sys.executable, '-c', CODE, *specs], env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, '-c', CODE, *specs], env=environment, capture_output=True, text=True, timeout=120)
     assert TOKEN not in result.stdout + result.stderr
     return dict(zip(specs, result.stdout.splitlines(), strict=True))
 
@@ -74,13 +71,14 @@ REFUSED = {
 @pytest.fixture(scope='module')
 def answers(hub, tmp_path_factory) -> dict[str, str]:
     """What someone who is not logged in gets."""
-    return ask(hub, tmp_path_factory.mktemp('home'), *PUBLIC, *REFUSED)
+    return ask(hub.environment(tmp_path_factory.mktemp('home')), *PUBLIC, *REFUSED)
 
 
-def assert_loaded(answer: str) -> None:
+def assert_loaded(answer: str, num_classes: int = 5, seed: int = 0) -> None:
     assert not answer.startswith('refused'), answer
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = build(num_classes=5)(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))[0]
+        expected = build(num_classes=num_classes, seed=seed)(images)[0]
     torch.testing.assert_close(torch.tensor([float(w) for w in answer.split()]), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +88,8 @@ def test_public_teacher_loads_under_every_spelling(answers, spec):
 
 
 def test_private_teacher_loads_with_the_clients_login(hub, tmp_path):
-    assert_loaded(ask(hub, tmp_path, 'me/private', token=TOKEN)['me/private'])
+    (tmp_path / 'token').write_text(TOKEN)  # where `hf auth login` keeps it
+    assert_loaded(ask(hub.environment(tmp_path), 'me/private')['me/private'])
 
 
 @pytest.mark.parametrize('spec', REFUSED)
@@ -104,3 +103,23 @@ def test_gated_repository_asks_for_its_terms_and_a_login():
         hf_raise_for_status(Response(403, headers={'X-Error-Code': 'GatedRepo'}, request=request))
     said = explain(refused.value, 'org/gated')
     assert 'org/gated is gated' in said and '`hf auth login`' in said
+
+
+def fill_cache(cache: Path, repo: str, model: torch.nn.Module) -> None:
+    """Puts a model into a Hub cache, laid out as the Hub client does it."""
+    entry = cache / f'models--{repo.replace("/", "--")}'
+    (entry / 'refs').mkdir(parents=True)
+    (entry / 'refs' / 'main').write_text('0' * 40)
+    timm.models.save_for_hf(model, entry / 'snapshots' / ('0' * 40), safe_serialization=True)
+
+
+def test_offline_the_cache_serves_timm_and_hub_names_and_what_is_not_there_is_said(tmp_path):
+    fill_cache(tmp_path, 'timm/test_resnet.r160_in1k', build(num_classes=1000))
+    fill_cache(tmp_path, 'org/private', build(num_classes=5, seed=1))
+    environment = {**os.environ, 'HF_HUB_CACHE': str(tmp_path), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    answers = ask(environment, 'test_resnet', 'org/private', 'hf-hub:org/private', 'resnet34.tv_in1k', 'org/name')
+    assert_loaded(answers['test_resnet'], num_classes=1000)
+    assert_loaded(answers['org/private'], seed=1)
+    assert_loaded(answers['hf-hub:org/private'], seed=1)
+    assert 'timm/resnet34.tv_in1k is not in the local cache' in answers['resnet34.tv_in1k']
+    assert 'org/name is not in the local cache' in answers['org/name']

@@ -3,9 +3,6 @@
 import argparse
 import functools
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,47 +266,6 @@ def test_untagged_name_of_bce_trained_weights_is_warned_of_once(name, said, capl
         warn_of_bce(name)
     assert len(caplog.records) == (said is not None)
     assert all(tag in caplog.text for tag in said or [])
-
-
-def fill_cache(cache: Path, repo: str, model: torch.nn.Module) -> None:
-    """Puts a model into a Hub cache, laid out as the Hub client does it."""
-    entry = cache / f'models--{repo.replace("/", "--")}'
-    (entry / 'refs').mkdir(parents=True)
-    (entry / 'refs' / 'main').write_text('0' * 40)
-    timm.models.save_for_hf(model, entry / 'snapshots' / ('0' * 40), safe_serialization=True)
-
-
-@pytest.fixture(scope='module')
-def offline(tmp_path_factory) -> list[str]:
-    """What a process with the Hub's offline switch on gets: three specs in its cache, two that are not."""
-    cache = tmp_path_factory.mktemp('cache')
-    fill_cache(cache, 'timm/test_resnet.r160_in1k', build(num_classes=1000))
-    fill_cache(cache, 'org/private', build(seed=1))
-    code = '''
-import torch
-from timm_kd.teacher import Teacher
-images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-for spec in 'test_resnet', 'org/private', 'hf-hub:org/private', 'resnet34.tv_in1k', 'org/name':
-    try:
-        print(*Teacher(spec, dtype='float32')(images)[0, :3].tolist())
-    except ValueError as error:
-        print(error)
-'''
-    env = {**os.environ, 'HF_HUB_CACHE': str(cache), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
-    run = [sys.executable, '-c', code]
-    return subprocess.run(run, env=env, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
-
-
-def test_warm_cache_serves_timm_and_hub_names_offline(offline):
-    answers = torch.tensor([[float(word) for word in line.split()] for line in offline[:3]])
-    with torch.no_grad():
-        expected = [build(num_classes=1000)(IMAGES), *[build(seed=1)(IMAGES)] * 2]
-    torch.testing.assert_close(answers, torch.stack([e[0, :3] for e in expected]), rtol=1e-4, atol=1e-5)
-
-
-def test_cold_cache_offline_says_so(offline):
-    assert 'timm/resnet34.tv_in1k is not in the local cache' in offline[3]
-    assert 'org/name is not in the local cache' in offline[4]
 
 
 def test_list_of_one_is_a_teacher_of_its_own(folder):

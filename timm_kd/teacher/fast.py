@@ -51,7 +51,7 @@ def is_convolutional(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fold_batch_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module | None:
+def fold_batch_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
     """Return a copy of a model whose batch norms are folded into the convolutions before them.
 
     torch's `fuse` finds the pairs in a trace of the model and computes the convolutions. They are put back into a copy
@@ -62,11 +62,11 @@ def fold_batch_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.
         image_shape: `(C, H, W)` of two images on which the copy must answer as the model does.
 
     Returns:
-        The copy, in float32 on the CPU; None where there is nothing to fold, the model cannot be traced, or the copy
-        answers differently.
+        The copy, in float32 on the CPU; the model itself where there is nothing to fold, it cannot be traced, or the
+        copy answers differently.
     """
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return None
+        return model
     try:
         folded = copy.deepcopy(model).to('cpu', torch.float32)
         images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
@@ -84,7 +84,7 @@ def fold_batch_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.
             raise ValueError(f'the logits are off by {error:.1g}')
     except Exception as error:  # a model may do anything in its forward, and this is a matter of speed alone
         _logger.debug(f'Batch norms of {type(model).__name__} not folded: {shortened(error)}.')
-        return None
+        return model
     return folded
 
 

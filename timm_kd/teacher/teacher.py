@@ -110,15 +110,15 @@ class Teacher(nn.Module):
         self.dtype = resolve_dtype(dtype, device or torch.device('cpu'))
         self.channels_last = is_convolutional(net)
         self.inputs = self._adapter(inner, cfg, expects, in_chans, mean, std, img_size, device)
-        folded = None
+        self.model = net
         if fold_bn and dtype != 'amp':
             trial_size = self.inputs.size or expects['input_size'][1:]
             if not expects['fixed_input_size']:
                 trial_size = (min(128, length) for length in trial_size)
-            folded = fold_batch_norms(net, (self.inputs.teacher_chans, *trial_size))
-        self.folded = folded is not None
+            self.model = fold_batch_norms(net, (self.inputs.teacher_chans, *trial_size))
+        self.folded = self.model is not net
         self._loaded_hash = _hash_weights(net, self.dtype) if self.folded else None
-        self.model = (folded if self.folded else net).to(
+        self.model.to(
             device=device,
             dtype=self.dtype,
             memory_format=torch.channels_last if self.channels_last else torch.preserve_format,
@@ -326,21 +326,17 @@ class TeacherEnsemble(nn.Module):
         members: The teachers, each with its own adaptation to the student's images and classes.
 
     Attributes:
+        members: The teachers.
         source: Their sources.
         num_classes: Columns of the logits.
     """
 
     def __init__(self, members: Sequence[Teacher]):
         super().__init__()
-        self._members = nn.ModuleList(members)
+        self.members = nn.ModuleList(members)
         self.source = ' + '.join(m.source for m in members)
         self.num_classes = members[0].num_classes
         self.eval()
-
-    @property
-    def members(self) -> list[Teacher]:
-        """Return the single teachers."""
-        return list(self._members)
 
     def train(self, mode: bool = True) -> 'TeacherEnsemble':
         """Stay in eval mode, whatever the mode of what holds the teachers."""
@@ -348,14 +344,14 @@ class TeacherEnsemble(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> 'TeacherEnsemble':
         """Compile each member, as `Teacher.compile`."""
-        for member in self._members:
+        for member in self.members:
             member.compile(*args, **kwargs)
         return self
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the log of the mean probabilities `[B, num_classes]` of images `[B, in_chans, H, W]`, in float32."""
-        return self.combine([member(images) for member in self._members])
+        return self.combine([member(images) for member in self.members])
 
     @staticmethod
     def combine(logits: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -365,11 +361,11 @@ class TeacherEnsemble(nn.Module):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return all that decides the logits of an image, of each member by its number."""
-        return {str(i): member.fingerprint() for i, member in enumerate(self._members)}
+        return {str(i): member.fingerprint() for i, member in enumerate(self.members)}
 
     def describe(self) -> str:
         """Say what the teachers are and do, in one line each."""
-        return '\n'.join(m.describe() for m in self._members)
+        return '\n'.join(m.describe() for m in self.members)
 
 
 def create_teacher(
