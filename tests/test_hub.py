@@ -545,13 +545,22 @@ def edit_record(run_dir: Path, **changes: object) -> None:
 
 
 @pytest.fixture
-def card_of(run_dir, tmp_path):
+def copied_run(run_dir, tmp_path):
+    return shutil.copytree(run_dir, tmp_path / 'run', ignore=shutil.ignore_patterns('hub'))
+
+
+@pytest.fixture
+def card_of(copied_run):
     """Write the card of the run after changes in its run.json."""
     def write(revision: str | None = None, **changes: object) -> ModelCard:
-        copy = shutil.copytree(run_dir, tmp_path / 'run', ignore=shutil.ignore_patterns('hub'))
-        edit_record(copy, **changes)
-        return ModelCard.load(Path(push_run(copy, 'me/x', revision=revision, dry_run=True)) / 'README.md')
+        edit_record(copied_run, **changes)
+        return ModelCard.load(Path(push_run(copied_run, 'me/x', revision=revision, dry_run=True)) / 'README.md')
     return write
+
+
+def teacher_record(source: str) -> dict:
+    """The entry of a teacher in run.json."""
+    return {'source': source, 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}
 
 
 def loss_record(name: str, parameters: dict[str, float | bool], warmup_epochs: int = 0) -> dict:
@@ -578,7 +587,7 @@ def test_a_student_that_started_from_hub_weights_names_them_as_its_base(card_of)
     ('hf-hub:you/r34@v2', 'you/r34'),
 ])
 def test_a_teacher_of_the_hub_is_linked(card_of, source, hub_id):
-    card = card_of(teacher=[{'source': source, 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}])
+    card = card_of(teacher=[teacher_record(source)])
     assert f'(https://huggingface.co/{hub_id})' in card.text
     assert f'teacher:{hub_id}' in card.data.tags
 
@@ -616,9 +625,8 @@ def test_the_card_of_a_loss_that_is_not_registered_states_its_name_and_parameter
     '*a*',
 ])
 def test_what_a_user_names_stays_text_in_the_card(card_of, name):
-    teacher = {'source': f'/home/jane/{name}', 'model': 'resnet34', 'parameters': 1, 'top1': 90.0, 'top5': 99.0}
     command = shlex.join(['train-kd', 'x', '--experiment', f'```{name}'])
-    card = card_of("it's", teacher=[teacher], command=command)
+    card = card_of("it's", teacher=[teacher_record(f'/home/jane/{name}')], command=command)
     assert f'teacher:{name}' in card.data.tags
     teacher_row, = (line for line in card.text.splitlines() if line.startswith('| Teacher'))
     assert teacher_row.count('|') == 6 and teacher_row.endswith('| 1 | 90.00 | 99.00 |')
@@ -660,11 +668,10 @@ def test_without_matplotlib_the_card_has_no_picture_and_a_log_line_says_so(card_
     (lambda run: [path.unlink() for path in run.glob('*.tar')], 'has no checkpoint'),
     (lambda run: edit_record(run, student={'num_classes': 5}), 'does not hold the student'),
 ])
-def test_a_folder_that_is_no_run_is_a_usage_error(run_dir, tmp_path, spoil, message):
-    copy = shutil.copytree(run_dir, tmp_path / 'run', ignore=shutil.ignore_patterns('hub'))
-    spoil(copy)
+def test_a_folder_that_is_no_run_is_a_usage_error(copied_run, spoil, message):
+    spoil(copied_run)
     with pytest.raises(UsageError, match=message):
-        push_run(copy, 'me/x', dry_run=True)
+        push_run(copied_run, 'me/x', dry_run=True)
 
 
 @pytest.mark.soak

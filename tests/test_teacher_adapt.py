@@ -1,13 +1,12 @@
 """Images for the teacher: another normalisation, another size, other channels."""
 
-import functools
 
-import helpers
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from helpers import build
 from PIL import Image
 
 from timm_kd.errors import UsageError
@@ -29,9 +28,6 @@ def normalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, 
 
 def adapter(in_chans=3, student=HALF, chans=3, teacher=IMAGENET, **kwargs) -> InputAdapter:
     return InputAdapter(in_chans, student['mean'], student['std'], chans, teacher['mean'], teacher['std'], **kwargs)
-
-
-build = functools.partial(helpers.build, num_classes=5)
 
 
 AVERAGE = {key: (sum(values) / 3,) for key, values in IMAGENET.items()}
@@ -91,12 +87,12 @@ def test_teacher_gets_the_size_that_it_has_or_was_asked_for(name, kwargs, asked,
     if interpolation:
         images = torch.nn.functional.interpolate(images, (size, size), mode=interpolation, antialias=True)
     with torch.no_grad():
-        torch.testing.assert_close(Teacher(model, 5, img_size=asked, dtype='float32')(picture()), model(images))
+        torch.testing.assert_close(Teacher(model, 10, img_size=asked, dtype='float32')(picture()), model(images))
 
 
 def test_size_that_a_built_model_cannot_take_is_refused():
     with pytest.raises(UsageError, match='`img_size` 64.*160x160'):
-        Teacher(build('test_vit', dynamic_img_size=False), 5, img_size=64)
+        Teacher(build('test_vit', dynamic_img_size=False), 10, img_size=64)
 
 
 @pytest.mark.parametrize(('name', 'built_for', 'images'), [
@@ -105,7 +101,7 @@ def test_size_that_a_built_model_cannot_take_is_refused():
 ])
 def test_model_is_built_by_timm_for_the_asked_size_and_for_multi_band_images(tmp_path, name, built_for, images):
     timm.models.save_for_hf(build(name), tmp_path, safe_serialization=True)
-    teacher = Teacher(str(tmp_path), 5, **built_for, dtype='float32')
+    teacher = Teacher(str(tmp_path), 10, **built_for, dtype='float32')
     expected = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **built_for).eval()
     with torch.no_grad():
         torch.testing.assert_close(teacher(images), expected(images), rtol=1e-4, atol=1e-4)
@@ -114,7 +110,7 @@ def test_model_is_built_by_timm_for_the_asked_size_and_for_multi_band_images(tmp
 def test_grey_images_leave_the_stem_of_an_rgb_teacher_alone(tmp_path):
     model = build('test_resnet')
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    teacher = Teacher(str(tmp_path), 5, in_chans=1, mean=(0.3,), std=(0.2,), dtype='float32')
+    teacher = Teacher(str(tmp_path), 10, in_chans=1, mean=(0.3,), std=(0.2,), dtype='float32')
     grey = picture(1)
     with torch.no_grad():
         expected = model(normalised(grey.expand(-1, 3, -1, -1), **HALF))
@@ -123,26 +119,26 @@ def test_grey_images_leave_the_stem_of_an_rgb_teacher_alone(tmp_path):
 
 def test_module_that_is_not_timms_has_grey_images_repeated_too():
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=5).eval()
+    model = torchvision.models.resnet18(num_classes=10).eval()
     grey = picture(1)
     with torch.no_grad():
         expected = model(normalised(grey.expand(-1, 3, -1, -1), **IMAGENET))  # timm's assumption on such a module
-    seen = Teacher(model, 5, in_chans=1, mean=(0.3,), std=(0.2,), dtype='float32')(normalised(grey, (0.3,), (0.2,)))
+    seen = Teacher(model, 10, in_chans=1, mean=(0.3,), std=(0.2,), dtype='float32')(normalised(grey, (0.3,), (0.2,)))
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_size_that_the_patches_do_not_divide_names_the_way_out():
     with pytest.raises(UsageError, match='refuses images of 40x40 .*`img_size`'):
-        Teacher(build('test_vit'), 5)(picture(size=40))
+        Teacher(build('test_vit'), 10)(picture(size=40))
 
 
 def test_channels_that_a_built_model_cannot_take_are_refused():
     with pytest.raises(UsageError, match='takes 3 channels, the images have 5'):
-        Teacher(build('test_resnet'), 5, in_chans=5)
+        Teacher(build('test_resnet'), 10, in_chans=5)
 
 
 def test_standard_deviation_of_0_is_the_teachers_fault_and_said_so():
     model = build('test_resnet')
     model.pretrained_cfg['std'] = (0.5, 0.0, 0.5)
     with pytest.raises(UsageError, match=r"teacher 'ResNet' gives \(0\.5, 0\.0, 0\.5\) as the standard deviation"):
-        Teacher(model, 5, **HALF)
+        Teacher(model, 10, **HALF)

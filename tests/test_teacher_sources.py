@@ -1,16 +1,15 @@
 """Where a teacher may come from, and what is said when it cannot be had."""
 
 import argparse
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import helpers
 import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import build
 
 from timm_kd.cli.messages import in_flags
 from timm_kd.errors import UsageError
@@ -19,9 +18,6 @@ from timm_kd.teacher import Teacher, create_teacher
 from timm_kd.teacher.spec import locate, warn_of_bce
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-build = functools.partial(helpers.build, num_classes=5)
 
 
 @torch.no_grad()
@@ -39,35 +35,35 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize('prefix', ['', 'local-dir:'])
 def test_folder_saved_by_timm_prefers_safetensors(folder, prefix):
-    assert_is(Teacher(f'{prefix}{folder}', 5, dtype='float32'), build())
+    assert_is(Teacher(f'{prefix}{folder}', 10, dtype='float32'), build())
 
 
 def test_folder_with_a_pickle_alone_loads(folder):
     (folder / 'model.safetensors').unlink()
-    assert_is(Teacher(str(folder), 5, dtype='float32'), build(seed=1))
+    assert_is(Teacher(str(folder), 10, dtype='float32'), build(seed=1))
 
 
 def test_class_count_of_a_folder_is_checked_before_its_weights_are_read(folder):
     (folder / 'model.safetensors').write_bytes(b'')
-    with pytest.raises(UsageError, match='has 5 classes, the student 10: a head is never rebuilt'):
-        Teacher(str(folder), 10)
+    with pytest.raises(UsageError, match='has 10 classes, the student 5: a head is never rebuilt'):
+        Teacher(str(folder), 5)
 
 
 def test_folder_with_damaged_weights_is_refused(folder):
     weights = folder / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UsageError, match=f"teacher 'local-dir:{folder}': .*damaged"):
-        Teacher(f'local-dir:{folder}', 5)
+        Teacher(f'local-dir:{folder}', 10)
 
 
 def test_model_kwargs_reach_the_architecture(folder):
-    assert Teacher(str(folder), 5, model_kwargs={'drop_rate': 0.25}).model.drop_rate == 0.25
+    assert Teacher(str(folder), 10, model_kwargs={'drop_rate': 0.25}).model.drop_rate == 0.25
 
 
 @pytest.mark.parametrize('kwargs', [{'no_such': 1}, {'num_classes': 7}])
 def test_model_kwargs_that_do_not_suit_are_refused(folder, kwargs):
     with pytest.raises(UsageError, match='`model_kwargs`'):
-        Teacher(str(folder), 5, model_kwargs=kwargs)
+        Teacher(str(folder), 10, model_kwargs=kwargs)
 
 
 # weights files
@@ -95,18 +91,18 @@ def test_state_dict_file_loads(tmp_path, suffix):
     path = tmp_path / f'weights{suffix}'
     save = safetensors.torch.save_file if suffix == '.safetensors' else torch.save
     save(build().state_dict(), path)
-    assert_is(Teacher(str(path), 5, dtype='float32', model='test_resnet'), build())
+    assert_is(Teacher(str(path), 10, dtype='float32', model='test_resnet'), build())
 
 
 @pytest.mark.parametrize('content', [
-    checkpoint(build(), num_classes=5),
+    checkpoint(build(), num_classes=10),
     {'model': build().state_dict(), 'epoch': 3, 'args': argparse.Namespace(model='resnet')},
     {'state_dict': prefixed('module.')},
     {'state_dict': prefixed('_orig_mod.')},
     prefixed('module._orig_mod.'),
 ], ids=['timm', 'torchvision', 'ddp', 'compiled', 'both'])
 def test_training_checkpoint_loads(saved, content):
-    teacher = Teacher(saved(content), 5, dtype='float32', model='test_resnet')
+    teacher = Teacher(saved(content), 10, dtype='float32', model='test_resnet')
     assert_is(teacher, build())
     assert 'state_dict' not in teacher.model.pretrained_cfg  # a second copy of the weights
 
@@ -114,24 +110,24 @@ def test_training_checkpoint_loads(saved, content):
 @pytest.mark.parametrize('use_ema', [False, True])
 def test_ema_weights_are_taken_when_asked_for_alone(saved, use_ema):
     path = saved({**checkpoint(build()), 'state_dict_ema': build(seed=1).state_dict()})
-    assert_is(Teacher(path, 5, dtype='float32', model='test_resnet', use_ema=use_ema), build(seed=int(use_ema)))
+    assert_is(Teacher(path, 10, dtype='float32', model='test_resnet', use_ema=use_ema), build(seed=int(use_ema)))
 
 
 def test_checkpoint_brings_the_normalisation_it_was_trained_with(saved):
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     path = saved(checkpoint(build(), mean=list(mean), std=list(std)))
-    assert_is(Teacher(path, 5, mean=mean, std=std, dtype='float32', model='test_resnet'), build())
+    assert_is(Teacher(path, 10, mean=mean, std=std, dtype='float32', model='test_resnet'), build())
 
 
 def test_checkpoint_brings_the_size_it_was_trained_at(saved):
     model = build('test_vit', img_size=32)
     path = saved(checkpoint(model, 'test_vit', img_size=32, model_kwargs={}))
-    assert_is(Teacher(path, 5, dtype='float32', model='test_vit'), model)
+    assert_is(Teacher(path, 10, dtype='float32', model='test_vit'), model)
 
 
 def test_checkpoint_of_grey_images_stays_grey(saved):
     model = build(in_chans=1)
-    teacher = Teacher(saved(model.state_dict()), 5, in_chans=1, dtype='float32', model='test_resnet')
+    teacher = Teacher(saved(model.state_dict()), 10, in_chans=1, dtype='float32', model='test_resnet')
     assert_is(teacher, model, IMAGES[:, :1])
 
 
@@ -150,22 +146,22 @@ def test_checkpoint_of_grey_images_stays_grey(saved):
 ])
 def test_file_that_is_not_what_was_asked_for_is_refused(saved, content, options, said):
     with pytest.raises(UsageError, match=said) as refused:
-        Teacher(saved(content), 5, **options)
+        Teacher(saved(content), 10, **options)
     assert 'weights.pth' in str(refused.value) or options.get('model') == 'test_resnt'
 
 
 def test_file_of_another_architecture_is_not_explained_by_its_head(saved):
     path = saved(checkpoint(build('test_convnext'), 'test_convnext'))
     with pytest.raises(UsageError, match='does not fit `model` .*the file says test_convnext') as refused:
-        Teacher(path, 10, model='test_convnext2')
+        Teacher(path, 5, model='test_convnext2')
     assert 'classes' not in str(refused.value)
 
 
 def test_file_of_another_class_count_is_refused_with_both_numbers(saved):
     path = saved(build().state_dict())
-    with pytest.raises(UsageError, match='has 5 classes, the student 10') as refused:
-        Teacher(path, 10, model='test_resnet')
-    started_from = f'--model test_resnet --pretrained --pretrained-path {path} --num-classes 10'
+    with pytest.raises(UsageError, match='has 10 classes, the student 5') as refused:
+        Teacher(path, 5, model='test_resnet')
+    started_from = f'--model test_resnet --pretrained --pretrained-path {path} --num-classes 5'
     assert started_from in str(refused.value)
 
 
@@ -176,14 +172,14 @@ def test_truncated_file_is_refused(tmp_path, name, keep):
     (safetensors.torch.save_file if name.endswith('s') else torch.save)(build().state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UsageError, match=f"teacher '{path}' cannot be read, it is truncated or not a checkpoint"):
-        Teacher(str(path), 5, model='test_resnet')
+        Teacher(str(path), 10, model='test_resnet')
 
 
 @pytest.mark.parametrize('content', [b'weights? no.', b'\x80\x02}q\x00.', b'PK\x03\x04 but no archive'])
 def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / 'weights.pth').write_bytes(content)
     with pytest.raises(UsageError, match=r"teacher .*weights\.pth' (is not a checkpoint|cannot be read)"):
-        Teacher(str(tmp_path / 'weights.pth'), 5, model='test_resnet')
+        Teacher(str(tmp_path / 'weights.pth'), 10, model='test_resnet')
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:.torch.load. received')
@@ -194,14 +190,14 @@ def test_advice_to_switch_off_weights_only_is_not_quoted(folder, in_folder):
     torch.jit.trace(build(), IMAGES).save(folder / 'pytorch_model.bin')
     spec, model = (folder, None) if in_folder else (folder / 'pytorch_model.bin', 'test_resnet')
     with pytest.raises(UsageError, match=r'could run code.*best as \.safetensors') as refused:
-        Teacher(spec, 5, model=model)
+        Teacher(spec, 10, model=model)
     assert 'weights_only' not in str(refused.value)
 
 
 @pytest.mark.parametrize('flags', [{'model': 'test_resnet'}, {'use_ema': True}])
 def test_flags_of_a_weights_file_are_refused_elsewhere(folder, flags):
     with pytest.raises(UsageError, match='`(model|use_ema)`'):
-        Teacher(str(folder), 5, **flags)
+        Teacher(str(folder), 10, **flags)
 
 
 # names
@@ -269,7 +265,7 @@ def test_untagged_name_of_bce_trained_weights_is_warned_of_once(name, said, capl
 
 
 def test_list_of_one_is_a_teacher_of_its_own(folder):
-    assert isinstance(create_teacher([str(folder)], 5), Teacher)
+    assert isinstance(create_teacher([str(folder)], 10), Teacher)
 
 
 # the script

@@ -74,7 +74,7 @@ class StepSettings:
         return ratio if self.batch_loss_scale == 'linear' else ratio ** 0.5
 
     def share(self, batch_size: int) -> torch.Tensor:
-        """Return this process's part of the images of a step, 1 where all have as many; all processes must ask.
+        """Return this process's number of images over the mean of all processes, each of which must call this.
 
         DDP averages gradients over processes. Times this factor, it averages them over images.
         """

@@ -62,7 +62,7 @@ def export_run(run: Run, publication: Publication, checkpoint: str | None = None
 
 
 def _load_student(run: Run, checkpoint: Path) -> nn.Module:
-    """Return the student with the checkpoint's weights (EMA if tracked), and no claim to the origin of any other."""
+    """Return the student with the checkpoint's weights (EMA if tracked), without what timm says of its own weights."""
     record, args = run.record['student'], run.args
     model = timm.create_model(**resolve_model_input_args(
         record['model'],

@@ -107,7 +107,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     ]
     by_flags: dict[str, tuple[dict[str, Any], list[Run]]] = {}
     for run, own in zip(runs, settings, strict=True):
-        # A run that died before it wrote its flags is alike to no other.
+        # A run that ended before it wrote its flags is a group of its own.
         key = repr([own.get(name) for name in differing]) if own else str(run.folder)
         by_flags.setdefault(key, (own, []))[1].append(run)
     groups = []
