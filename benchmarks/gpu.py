@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 from common import Step, alternate, peak_bytes
+from loader import write_images
 from losses import make_steps, measure
 from teacher import make_tasks
-from teacher_cache import write_images
 from timm.data import create_dataset, create_loader
 from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2
@@ -264,7 +264,7 @@ def first_wait(step: Step, device: str) -> str:
 def check_loader(report: Report, size: Size, home: Path, rates: dict[str, float]) -> None:
     """Time timm's loader on JPEGs beside the steps."""
     print(f'\n## The loader beside the steps: JPEGs to {size.img_size} px, {size.workers} workers\n')
-    write_images(home, size.images, size.img_size)
+    write_images(home, size.images, size.img_size * 3 // 2, size.img_size * 3 // 2)
     dataset = create_dataset('', root=str(home), split='train')
     wanted = 4 * size.workers * size.batch_size
     dataset.reader.samples *= -(-wanted // size.images)  # the same files again: every worker has several batches

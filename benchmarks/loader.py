@@ -36,7 +36,6 @@ BARS = {
     ('swin_tiny_baseline', 1): 0.98,
     ('swin_tiny_baseline', 4): 1.35,
 }
-WIDTH, HEIGHT, QUALITY = 500, 375, 90
 
 
 def main() -> None:
@@ -59,8 +58,8 @@ def main() -> None:
             measure_draws(args, home, recipe)
 
 
-def write_images(root: Path, count: int) -> int:
-    """Write pictures that compress like photographs, and return how many bytes they are.
+def write_images(root: Path, count: int, width: int = 500, height: int = 375) -> int:
+    """Write pictures that compress like photographs into a folder of one class, and return how many bytes they are.
 
     Overlapping discs of power-law size give edges at all scales (the dead leaves model of Lee, Mumford and Huang 2001),
     and each has a texture whose amplitude falls with the frequency, as in natural images.
@@ -68,23 +67,23 @@ def write_images(root: Path, count: int) -> int:
     folder = root / 'train' / 'class'
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    y, x = np.mgrid[:height, :width]
     for index in range(count):
         real, imaginary = generator.standard_normal((2, 3, *frequency.shape))
-        textures = np.fft.irfft2((real + 1j * imaginary) / frequency, (HEIGHT, WIDTH))
+        textures = np.fft.irfft2((real + 1j * imaginary) / frequency, (height, width))
         textures /= textures.std(axis=(1, 2), keepdims=True)
         picture = generator.uniform(40, 215, 3) + 25 * textures[0][..., None]
         for radius in sorted((generator.pareto(2, 400) * 8 + 6).clip(max=150), reverse=True):
-            center_x, center_y = generator.uniform(0, WIDTH), generator.uniform(0, HEIGHT)
+            center_x, center_y = generator.uniform(0, width), generator.uniform(0, height)
             rows = slice(max(0, int(center_y - radius)), int(center_y + radius) + 1)
             columns = slice(max(0, int(center_x - radius)), int(center_x + radius) + 1)
             disc = (x[rows, columns] - center_x) ** 2 + (y[rows, columns] - center_y) ** 2 < radius ** 2
             texture = textures[generator.integers(3)][rows, columns][disc]
             picture[rows, columns][disc] = generator.uniform(20, 235, 3) + generator.uniform(4, 25) * texture[:, None]
         path = folder / f'{index:05d}.jpg'
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

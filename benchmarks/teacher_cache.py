@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from PIL import Image
+from common import seconds
+from loader import write_images
 from timm.data import create_dataset, create_loader
 from timm.task import ClassificationTask
 from torch import nn
@@ -38,18 +39,6 @@ from timm_kd.teacher_cache.epoch_file import EpochFile
 NUM_CLASSES = 1000
 BARS = {'read / plain': 1.03, 'fill / live': 1.05}
 STUDENTS = (1, 5, 20)
-
-
-def write_images(root: Path, count: int, size: int) -> None:
-    """Writes JPEGs of a size a camera's crop to `size` would come from: a smooth picture with some noise."""
-    folder = root / 'train' / 'class'
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    side = size * 3 // 2
-    for index in range(count):
-        smooth = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side))
-        noisy = np.asarray(smooth, dtype=np.int16) + generator.integers(-12, 13, (side, side, 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f'{index:05d}.jpg', quality=90)
 
 
 class Epochs:
@@ -74,26 +63,28 @@ class Epochs:
         self.run('fill', 'stored')
 
     def open_cache(self, folder: str, live: nn.Module | None) -> CachedTeacher:
-        """Returns a teacher that stores in, or without a live one reads from, a folder."""
+        """Return a teacher that stores in, or without a live one reads from, a folder."""
         layout = RowLayout(NUM_CLASSES)
         cache = CacheFolder(self.home / folder, {}, len(self.loader.dataset), layout.row_bytes)
         return CachedTeacher(cache, layout, self.loader.batch_sampler, False, self.device, live)
 
     def own_work(self, kind: str) -> float:
-        """Does what the cache does in an epoch of 'fill' or 'read', with no model beside it; returns its seconds."""
+        """Do what the cache does in an epoch of 'fill' or 'read', with no model beside it; return its seconds."""
         answers = torch.randn(self.batch_size, NUM_CLASSES, device=self.device)
-        start = self._now()
-        cached = self.open_cache('fresh', _Known(answers)) if kind == 'fill' else self.open_cache('stored', None)
-        self.loader.batch_sampler.set_epoch(0)
-        for _ in self.loader.batch_sampler:
-            cached(answers)
-        cached.close()
-        seconds = self._now() - start
+
+        def work() -> None:
+            cached = self.open_cache('fresh', _Known(answers)) if kind == 'fill' else self.open_cache('stored', None)
+            self.loader.batch_sampler.set_epoch(0)
+            for _ in self.loader.batch_sampler:
+                cached(answers)
+            cached.close()
+
+        taken = seconds(work, self.device.type)
         shutil.rmtree(self.home / 'fresh', ignore_errors=True)
-        return seconds
+        return taken
 
     def run(self, kind: str, folder: str = 'fresh') -> float:
-        """Trains for an epoch, and returns its seconds."""
+        """Train for an epoch, and return its seconds."""
         cached = None
         if kind in ('fill', 'read'):
             cached = self.open_cache(folder, self.teacher if kind == 'fill' else None)
@@ -103,19 +94,16 @@ class Epochs:
             kd_loss = create_kd_loss('nkd')
             task = KDTask(self.student, kd_loss, cached or self.teacher, device=self.device, verbose=False)
         self.loader.batch_sampler.set_epoch(0)
-        start = self._now()
-        train_one_epoch(task, self.loader, self.optimizer, 0, self.settings, StepTotals(self.device))
-        if cached is not None:
-            cached.close()
-        seconds = self._now() - start
+
+        def epoch() -> None:
+            train_one_epoch(task, self.loader, self.optimizer, 0, self.settings, StepTotals(self.device))
+            if cached is not None:
+                cached.close()
+
+        taken = seconds(epoch, self.device.type)
         if folder == 'fresh':
             shutil.rmtree(self.home / folder, ignore_errors=True)
-        return seconds
-
-    def _now(self) -> float:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return taken
 
 
 class _Known(nn.Module):
@@ -131,8 +119,9 @@ class _Known(nn.Module):
 
 
 def measure_epochs(args: argparse.Namespace, home: Path) -> dict[str, float]:
-    """Times the four kinds of epoch in turn, prints them, and returns the median seconds of each."""
-    write_images(home, args.images, args.img_size)
+    """Time the four kinds of epoch in turn, print them, and return the median seconds of each."""
+    side = args.img_size * 3 // 2
+    write_images(home, args.images, side, side)
     epochs = Epochs(args, home)
     kinds = ['plain', 'read', 'live', 'fill']  # what is compared runs side by side, in turn the one or the other first
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -158,7 +147,7 @@ def measure_epochs(args: argparse.Namespace, home: Path) -> dict[str, float]:
 
 
 def print_prices(seconds: dict[str, float], num_epochs: int) -> None:
-    """Prints what several students of one teacher take, in plain trainings of one student."""
+    """Print what several students of one teacher take, in plain trainings of one student."""
     print(f'\n| students, {num_epochs} epochs each | live teacher | with the cache | saved |\n|---|---|---|---|')
     for count in STUDENTS:
         live = count * seconds['live'] / seconds['plain']
@@ -167,7 +156,7 @@ def print_prices(seconds: dict[str, float], num_epochs: int) -> None:
 
 
 def measure_read(home: Path, num_rows: int, batch_size: int = 256) -> None:
-    """Prints the time of one batch read at random from a file of float16 rows, from memory and from disk."""
+    """Print the time of one batch read at random from a file of float16 rows, from memory and from disk."""
     layout = RowLayout(NUM_CLASSES)
     file = EpochFile(home / 'epoch', num_rows, layout.row_bytes, writable=True)
     block = np.random.default_rng(0).integers(0, 256, (4096, layout.row_bytes), dtype=np.uint8)
@@ -196,7 +185,7 @@ def measure_read(home: Path, num_rows: int, batch_size: int = 256) -> None:
 
 
 def print_storage_effects() -> None:
-    """Prints how far stored logits move each loss, on logits drawn to resemble a trained ImageNet-21k model's."""
+    """Print how far stored logits move each loss, on logits drawn to resemble a trained ImageNet-21k model's."""
     num_classes, batch = 21841, 64
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(num_classes, (batch,), generator=generator)

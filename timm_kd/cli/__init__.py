@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
         check_args(args, defaults)
         if 'device' in values:
             check_device(args.device)
-        # As in timm's script, the loss has one flag from here on, and a file that is written of the flags.
+        # As in timm's script, what the older flags say of the loss stands in --loss and --loss-pos-weight from here on.
         args.loss = next(iter(task_loss_flags(args).values()), args.loss)
         if args.loss == 'bce' and args.bce_pos_weight is not None:
             args.loss_pos_weight = str(args.bce_pos_weight)

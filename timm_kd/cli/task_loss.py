@@ -19,8 +19,8 @@ from .parser import Flag, flag, not_negative, number, positive
 
 SINGLE_LABEL_LOSS_TYPES = tuple(loss for loss in LOSS_TYPES if loss not in ('twoway', 'zlpr', 'db'))
 
-# The flags that set one loss or two, by dest, which is the factory's argument but for the first five: the losses that
-# read it where an image has one class, and where it has several.
+# The flags that set one loss or two, and the losses that each of them sets: where an image has one class, and where it
+# has several. The dests are arguments of timm's factory, but for the first six.
 LOSS_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'loss_class_weight': (('bce',), ('bce', 'asl')),
     'loss_pos_weight': (('bce',), ('bce', 'asl')),

@@ -102,7 +102,7 @@ def _open_datasets(args: argparse.Namespace, data_config: DataConfig) -> tuple[D
     keys = [given(args, dest) for dest in ('input_key', 'target_key') if getattr(args, dest)]
     if (labels or keys) and not isinstance(train_set, IterableDataset):
         try:
-            train_set[0]  # any image shows them
+            train_set[0]  # any image shows either
         except LookupError as error:
             raise UsageError(
                 f'{" ".join(keys) or "--target-key"}: the images of --dataset {args.dataset} have no field {error}.'

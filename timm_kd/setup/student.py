@@ -205,7 +205,7 @@ def blank_batches(
     Each is a tuple: whether it is for training, how many images it has, the batch, and what an error calls it.
     """
     parameter = next(model.parameters())
-    # Two images do for batch norm, if the batches of the run are as large; each split has its own.
+    # Two images are enough for batch norm (with --split-bn in each split), but the batches of the run may hold one.
     smallest = min(2, args.batch_size, *args.train_batch_sizes or ())
     channels, *size = input_size
     if args.naflex_loader:
