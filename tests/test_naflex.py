@@ -1,5 +1,5 @@
 """NaFlex: batches of patches, in their own aspect ratio, of a length that is drawn for each."""
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -40,23 +40,33 @@ def naflex_loader(digits: Path, split: str = 'train', **options) -> Iterable:
         **options)
 
 
-def test_run_is_timms_loader_model_and_loss_step_for_step(train, digits):
-    run = train(f'{NAFLEX} --batch-size 16 --opt momentum --lr 0.05 --smoothing 0 --naflex-loss-scale sqrt')
+def train_as_timm(loaders: list[Iterable], weigh: Callable[[int], float]) -> float:
+    """Train on a batch of every loader in each update, its loss weighed by its size; return the mean loss."""
     random_seed(42, 0)
     model = small_vit()
-    loader = naflex_loader(
-        digits, batch_size=16, interpolation='random', scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     optimizer = create_optimizer_v2(model, opt='momentum', lr=0.05, weight_decay=2e-5, momentum=0.9)
-    sizes, meter = set(), AverageMeter()
-    for input, target in loader:
-        loss = nn.functional.cross_entropy(model(input), target)
+    meters = [AverageMeter() for _ in loaders]
+    for batches in zip(*loaders, strict=True):
         optimizer.zero_grad()
-        (loss * (len(target) / 16) ** 0.5).backward()
+        for (input, target), meter in zip(batches, meters, strict=True):
+            loss = nn.functional.cross_entropy(model(input), target)
+            (loss * weigh(len(target))).backward()
+            meter.update(loss.item(), len(target))
         optimizer.step()
-        meter.update(loss.item(), len(target))
-        sizes.add(input['patches'].shape[:2])
+    return sum(meter.avg for meter in meters) / len(meters)
+
+
+def test_run_is_timms_loader_model_and_loss_step_for_step(train, digits):
+    run = train(f'{NAFLEX} --batch-size 16 --opt momentum --lr 0.05 --smoothing 0 --naflex-loss-scale sqrt')
+    loader = naflex_loader(digits, batch_size=16, interpolation='random', scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    sizes = set()
+
+    def weigh(size: int) -> float:
+        sizes.add(size)
+        return (size / 16) ** 0.5
+
+    assert run.rows[0]['train_loss'] == pytest.approx(train_as_timm([loader], weigh), rel=1e-12)
     assert len(sizes) > 2  # or the scale of the loss was never another than 1
-    assert run.rows[0]['train_loss'] == pytest.approx(meter.avg, rel=1e-12)
     assert list(run.rows[0]) == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     assert run.record['timing'][0]['images'] == 160
 
@@ -180,21 +190,10 @@ def test_two_processes_train_as_one_that_takes_the_batches_of_both(digits, tmp_p
     run_on_ranks(main, (argv,), tmp_path)
     run = Run(tmp_path / 'run')
     assert run.record['timing'][0]['images'] == 160
-    random_seed(42, 0)
-    model = small_vit()
     loaders = [
         naflex_loader(
             digits, batch_size=8, no_aug=True, interpolation='bicubic', distributed=True, rank=rank, world_size=2)
         for rank in range(2)
     ]
-    optimizer = create_optimizer_v2(model, opt='momentum', lr=0.05, weight_decay=2e-5, momentum=0.9)
-    meters = [AverageMeter(), AverageMeter()]
-    for batches in zip(*loaders, strict=True):
-        optimizer.zero_grad()
-        for (input, target), meter in zip(batches, meters, strict=True):
-            loss = nn.functional.cross_entropy(model(input), target)
-            (loss * len(target) / 8 / 2).backward()
-            meter.update(loss.item(), len(target))
-        optimizer.step()
     assert len(loaders[0]) > 3
-    assert run.rows[0]['train_loss'] == pytest.approx(sum(meter.avg for meter in meters) / 2, rel=1e-5)
+    assert run.rows[0]['train_loss'] == pytest.approx(train_as_timm(loaders, lambda size: size / 8 / 2), rel=1e-5)

@@ -57,7 +57,7 @@ class UnreadableImages(CommandError, RuntimeError):
 
 
 class NamedImages(ImageDataset):
-    """timm's data set, which ends with the name of a file where timm's gives up on its images.
+    """timm's data set, with an error that names the file where timm gives up on its images.
 
     Args:
         dataset: The data set whose reader and settings to take.
@@ -89,7 +89,7 @@ class NamedImages(ImageDataset):
 
 
 class LabelVector(MultiLabelTarget):
-    """timm's vector of an image's labels, `[C]`, which ends with a sentence where timm's has a traceback.
+    """timm's vector of an image's labels, `[C]`, with an error of one sentence.
 
     Raises:
         UnreadableImages: By `vector(target)`, if the target is no list of labels, or of others than there are.

@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
         values = override(config, given, defaults)
         if values.get('task') == 'multilabel':
             defaults.update(MULTI_LABEL_DEFAULTS)
-        # Equal to the default is the default: timm has integer defaults of flags that take floats.
+        # A value that equals the default is replaced by it: some of timm's flags take floats and default to integers.
         args = argparse.Namespace(**{
             dest: default if (value := values.get(dest, default)) == default else value
             for dest, default in defaults.items()

@@ -1,4 +1,4 @@
-"""What the flags mean together, and on this machine: clashes, files that are not there, what timm cannot make of them.
+"""What is wrong with the flags together: clashes, files that are not there, what timm cannot make of them.
 
 The range of a number and the names that a flag takes stand at the flag. Everything here is known before a model is
 built. Each rule below yields a sentence for what it finds wrong; `changed` are the flags that differ from their
@@ -31,7 +31,7 @@ from .task_loss import check_task_loss, is_mixing, is_multi_label
 _NAMED_DATASETS = ('hfds', 'hfids', 'tfds', 'wds', 'torch')
 _STREAMS = ('hfids', 'tfds', 'wds')
 
-# Flags, and those that act only beside them.
+# Flags, and those that act only beside each of them.
 _COMPANIONS = {
     'pretrained': 'pretrained_path',
     'torchcompile': 'torchcompile_mode',
@@ -45,7 +45,7 @@ _COMPANIONS = {
     'teacher_cache': 'teacher_cache_dtype teacher_cache_epochs teacher_cache_topk teacher_cache_rebuild',
 }
 
-# Flags, those that each of them does not go with, and why.
+# Flags that do not go together: each of the first with each of the second, and why.
 _CLASHES = (
     ('aug_splits', 'no_prefetcher', 'needs the prefetching loader'),
     ('aug_splits', 'mixup cutmix cutmix_minmax', 'does not go with Mixup or CutMix'),
@@ -87,7 +87,7 @@ def check_args(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
         UsageError: Naming the flag, its value and the way out.
     """
     changed = {dest for dest, value in vars(args).items() if value != defaults[dest]}
-    if args.kd_warmup_epochs == 0:  # asks for nothing: it was the default, and stands in args.yaml of older plain runs
+    if args.kd_warmup_epochs == 0:  # asks for nothing; once the default, it stands in args.yaml of plain runs
         changed.discard('kd_warmup_epochs')
     rules = (
         _pairs(args, changed), _data(args, changed), _files(args), _images(args), _batches(args), _crops(args),
@@ -278,7 +278,7 @@ def _schedule(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, dest) is not None and args.sched not in ('wsd', 'rsqrt'):
             yield f'{given(args, dest)}: is for --sched wsd and rsqrt, not {args.sched}.'
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    updates = 1000  # an epoch: not known yet, but enough to round none of the lengths to 0
+    updates = 1000  # in an epoch: a stand-in, large enough that no length of the schedule is rounded to 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # timm warns again when the run makes its schedule
@@ -379,7 +379,7 @@ def _kd_loss(args: argparse.Namespace, settings: KDSettings, changed: Set[str]) 
 
 
 def _timm_distillation(args: argparse.Namespace, settings: KDSettings, changed: Set[str]) -> Iterator[str]:
-    """Yield what goes with the distillation of logits alone."""
+    """Yield what is wrong with flags that the distillation of logits takes, and timm's own distillation does not."""
     chosen = f'--kd-distill-type {settings.loss}'
     if args.kd_loss not in (None, 'kd'):
         yield (f'{chosen} beside --kd-loss {args.kd_loss}: that loss is for logits, leave it out (--kd-loss kd '

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 # YAML 1.1 reads a float only where there is a dot and a signed exponent: 3e-4 and 1.0e5 arrive as strings.
 _YAML_MISSED_FLOAT = re.compile(r'[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+')
 
-# The flags with a default for which timm gives None a meaning of its own.
+# Flags that have a default and that timm also takes without a value: `color_jitter: null` switches it off.
 _NONE_IS_A_VALUE = ('color_jitter', 'scale', 'ratio', 'layer_decay_min_scale')
 
 # Flags that say the same thing: one of them on the command line replaces the others of the file. A dot separates a
@@ -142,13 +142,13 @@ def override(config: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapp
     replaces.
     """
     config, given = dict(config), dict(given)
-    if config.get('input_size') and 'input_size' not in given:  # it says the channels and the size at once
+    if config.get('input_size') and 'input_size' not in given:  # both the channels and the size
         channels, *size = config['input_size']
         if 'img_size' in given:
             config['in_chans'] = channels
         elif 'in_chans' in given:
             given['input_size'] = [given['in_chans'], *size]
-    said = {dest for dest, value in given.items() if value != ''}  # empty text takes back what the file says, no more
+    said = {dest for dest, value in given.items() if value != ''}  # an empty text takes back that flag alone
     for names in _SAME_THING:
         if said & set(names):
             for name in set(names) - given.keys():

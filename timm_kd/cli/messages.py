@@ -1,4 +1,4 @@
-"""How errors speak of flags: those of the library, which speaks of its arguments, in the script's words."""
+"""How errors name flags; and errors of the library, which name its arguments, put into flags."""
 import argparse
 import re
 from typing import Any

@@ -43,7 +43,7 @@ LOSS_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _FACTORY_ARGUMENTS = [dest for dest in LOSS_PARAMETERS if not dest.startswith(('loss_', 'class_'))]
 
-# What flags are with `--task multilabel`, unless they are given.
+# The defaults that are others with `--task multilabel`.
 MULTI_LABEL_DEFAULTS = {'smoothing': 0.0, 'eval_metric': MultiLabelClassificationEvaluator.default_metric}
 
 LOSS_FLAGS: list[Flag] = [

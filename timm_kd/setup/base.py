@@ -59,7 +59,7 @@ class Setup:
 
 
 def set_up(args: argparse.Namespace, args_text: str, process: Process, trains: bool = True) -> Setup:
-    """Build what the flags describe, in the order of timm's script, whose random draws it thereby makes.
+    """Build what the flags describe, in the order of timm's script, so that the random draws are the same.
 
     Args:
         args: The flags.

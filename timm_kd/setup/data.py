@@ -1,4 +1,4 @@
-"""args -> the data: what the flags are in the keywords of timm's data sets and loaders."""
+"""args -> the data: the flags as keywords of timm's data sets and loaders."""
 import argparse
 import logging
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def _open_datasets(args: argparse.Namespace, data_config: DataConfig) -> tuple[D
     keys = [given(args, dest) for dest in ('input_key', 'target_key') if getattr(args, dest)]
     if (labels or keys) and not isinstance(train_set, IterableDataset):
         try:
-            train_set[0]  # any image shows either
+            train_set[0]  # one image is enough to see it
         except LookupError as error:
             raise UsageError(
                 f'{" ".join(keys) or "--target-key"}: the images of --dataset {args.dataset} have no field {error}.'

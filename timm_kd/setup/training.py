@@ -30,7 +30,7 @@ _logger = logging.getLogger('train')
 
 
 def create_optimizer(setup: Setup, task: TrainingTask) -> torch.optim.Optimizer:
-    """Create timm's optimizer of what the task trains: the student, and with it a projection of its features.
+    """Create timm's optimizer of the student and, where the task has one, of the projection of its features.
 
     Raises:
         UsageError: If the device lacks what `--opt-kwargs` asks for.
@@ -109,7 +109,7 @@ def create_task(setup: Setup, teacher: nn.Module | None) -> TrainingTask:
 
 
 def _feature_task(setup: Setup, teacher: TaskTeacher, **options: Any) -> FeatureDistillationTask:
-    """Make timm's task, which projects the student's features to the width of the teacher's, and try it on no image."""
+    """Make timm's task, which projects the student's features to the teacher's width, and try it on blank images."""
     flags = given(setup.args, 'kd_distill_type', 'kd_student_feature_dim', 'kd_teacher_feature_dim')
     try:
         task = FeatureDistillationTask(setup.student, teacher, **setup.kd.loss_parameters, **options)
