@@ -30,6 +30,7 @@ from common import Step, alternate, peak_bytes
 from loader import write_images
 from losses import make_steps, measure
 from teacher import make_tasks
+from teacher_cache import cache_key
 from timm.data import create_dataset, create_loader
 from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2
@@ -47,7 +48,7 @@ from timm_kd.meters import SkippedSteps, StepTotals
 from timm_kd.process import setup_process
 from timm_kd.replay import ReplayBatchSampler
 from timm_kd.replay.batches import ShuffledSampler
-from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
+from timm_kd.teacher_cache import CachedTeacher, CacheFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSS_ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}  # a gradient is rounded to its dtype
@@ -178,12 +179,11 @@ def check_steps(report: Report, size: Size, home: Path) -> dict[str, float]:
             rows = ShuffledSampler(range(size.steps * size.batch_size), num_replicas=1, rank=0)
             loader = Batches((images, target), ReplayBatchSampler(BatchSampler(rows, size.batch_size, True), seed=0))
             live = tasks['ours'].teacher
-            layout = RowLayout(size.num_classes)
-            store = partial(CacheFolder, home / teacher_name, {}, len(rows), layout.row_bytes)
-            with CachedTeacher(store(), layout, loader.sampler, False, device, live) as filling:
+            store = partial(CacheFolder, home / teacher_name, cache_key(len(rows), size.num_classes))
+            with CachedTeacher(store(), loader.sampler, device, live) as filling:
                 for _ in loader:
                     filling(images)
-            with CachedTeacher(store(), layout, loader.sampler, False, device) as stored:
+            with CachedTeacher(store(), loader.sampler, device) as stored:
                 tasks['stored'] = KDTask(student, create_kd_loss('kd'), stored, device=device, verbose=False)
                 for dtype in AMP_DTYPES:
                     with report.check(f'{student_name} from {teacher_name}, {dtype}'):

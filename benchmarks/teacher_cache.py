@@ -41,6 +41,11 @@ BARS = {'read / plain': 1.03, 'fill / live': 1.05}
 STUDENTS = (1, 5, 20)
 
 
+def cache_key(num_rows: int, num_classes: int = NUM_CLASSES) -> dict[str, dict]:
+    """Return the key of a cache of whole rows in float16, numbered by sample."""
+    return {'rows': {'by': 'sample', 'count': num_rows, 'classes': num_classes, 'dtype': 'float16', 'topk': None}}
+
+
 class Epochs:
     """The four kinds of epoch, on one student, one teacher and one loader."""
 
@@ -64,9 +69,8 @@ class Epochs:
 
     def open_cache(self, folder: str, live: nn.Module | None) -> CachedTeacher:
         """Return a teacher that stores in, or without a live one reads from, a folder."""
-        layout = RowLayout(NUM_CLASSES)
-        cache = CacheFolder(self.home / folder, {}, len(self.loader.dataset), layout.row_bytes)
-        return CachedTeacher(cache, layout, self.loader.batch_sampler, False, self.device, live)
+        cache = CacheFolder(self.home / folder, cache_key(len(self.loader.dataset)))
+        return CachedTeacher(cache, self.loader.batch_sampler, self.device, live)
 
     def own_work(self, kind: str) -> float:
         """Do what the cache does in an epoch of 'fill' or 'read', with no model beside it; return its seconds."""

@@ -1,14 +1,19 @@
 """Real images and a teacher for the tests that run the script: scikit-learn's handwritten digits."""
 import signal
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from helpers import Run, read_digits, run_script, save_digit
+from helpers import NUM_CLASSES, PER_CLASS, Run, read_digits, replayable_loader, run_script, save_digit
+from PIL import Image
+from stopped import Runs
 from timm.models import save_for_hf
 from torch.nn.functional import cross_entropy, interpolate
+from torch.utils.data import DataLoader
 
 from timm_kd.cli import parse_args
 
@@ -30,6 +35,25 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for index, image in enumerate(own):
                 save_digit(image, root / split / str(label) / f'{index:03d}.png')
     return root
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of noise, `train/<class>` alone: a few images, larger than what is cropped of them."""
+    root = tmp_path_factory.mktemp('images')
+    pixels = np.random.default_rng(0)
+    for label in range(NUM_CLASSES):
+        folder = root / 'train' / str(label)
+        folder.mkdir(parents=True)
+        for number in range(PER_CLASS):
+            Image.fromarray(pixels.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(folder / f'{number}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def replayable(image_folder: Path) -> Callable[..., DataLoader]:
+    """Makes replayable loaders of `image_folder`."""
+    return partial(replayable_loader, image_folder)
 
 
 @pytest.fixture(scope='session')
@@ -61,11 +85,19 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Lets torch say of this processor that it multiplies bfloat16 fast, or that it does not."""
+    def pretend(fast_bfloat16: bool) -> None:
+        for probe in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+            monkeypatch.setattr(torch.cpu, probe, lambda: fast_bfloat16)
+    return pretend
+
+
 @pytest.fixture(params=['float32', 'bfloat16'])
-def auto_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+def auto_dtype(request: pytest.FixtureRequest, pretend: Callable[[bool], None]) -> torch.dtype:
     """What `--teacher-dtype auto` is on the CPU in this process: each in turn, whatever this processor is."""
-    for probe in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
-        monkeypatch.setattr(torch.cpu, probe, lambda: request.param == 'bfloat16')
+    pretend(request.param == 'bfloat16')
     return getattr(torch, request.param)
 
 
@@ -90,3 +122,14 @@ def train(digits: Path, tmp_path: Path) -> Callable[..., Run]:
         assert finished.exit_code == 0, finished.error
         return finished
     return run
+
+
+@pytest.fixture(scope='module')
+def runs_of(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runs]:
+    """Runs of the script with given flags, in one or several processes, of which `whole` is done without a stop."""
+    @cache
+    def get(flags: str, world_size: int = 1) -> Runs:
+        runs = Runs(digits, tmp_path_factory.mktemp('runs'), flags, world_size)
+        runs.finish('whole')
+        return runs
+    return get

@@ -9,23 +9,33 @@ import multiprocessing
 import os
 import shlex
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import AugMixDataset, create_dataset, create_loader, resolve_data_config
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import nn
 from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, DistributedSampler
 
+from timm_kd import Teacher
+from timm_kd.replay import make_replayable
 from timm_kd.train import main
 
+TESTS = Path(__file__).parent
 BASE = (
     '--model test_resnet --num-classes 10 --img-size 32 --device cpu --epochs 1 --batch-size 32 --workers 0 '
     '--opt adamw --lr 3e-3 --warmup-epochs 0 --log-interval 2'
 )
+NUM_CLASSES, PER_CLASS = 10, 4  # of the fixture `image_folder`
+NUM_SAMPLES = NUM_CLASSES * PER_CLASS
 STILL = '--opt momentum --lr 1e-30'  # no weight moves: every loss is a function of the batch alone
 
 # The processes of this file are forks of a server that has imported the project once.
@@ -62,6 +72,66 @@ def save_digit(image: torch.Tensor, path: Path) -> None:
     picture.convert('RGB').save(path)
 
 
+def logits_of(model: nn.Module, digits: Path, data_config: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of a model for the validation images, preprocessed as it asks for by default, and their classes."""
+    config = data_config or resolve_data_config({'img_size': 32}, model=model)
+    loader = create_loader(
+        create_dataset('', digits, 'validation', is_training=False),
+        batch_size=32, num_workers=0, device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False,
+        **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')},
+    )
+    with torch.no_grad():
+        answers = [(model.eval()(images), target) for images, target in loader]
+    return tuple(torch.cat(part) for part in zip(*answers, strict=True))
+
+
+def teacher_logits(folder: Path, digits: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what timm's model of a folder answers; in bfloat16, where ours rounds folded weights, what ours does."""
+    if dtype == torch.float32:
+        return logits_of(timm.create_model(f'local-dir:{folder}', pretrained=True), digits)
+    config = resolve_data_config({'img_size': 32}, model=timm.create_model('test_resnet'))
+    return logits_of(Teacher(folder, 10, config['mean'], config['std'], dtype='bfloat16'), digits, config)
+
+
+def percent(answers: torch.Tensor, others: torch.Tensor) -> float:
+    """Return how many rows have their largest logit at a class, or at that of other logits."""
+    others = others.argmax(1) if others.ndim > 1 else others
+    return 100 * (answers.argmax(1) == others).double().mean().item()
+
+
+def replayable_loader(
+        root: Path,
+        workers: int = 0,
+        *,
+        batch_size: int = 8,
+        world_size: int = 1,
+        rank: int = 0,
+        mixup: Callable | None = None,
+        aug_repeats: int = 0,
+        aug_splits: int = 0,
+        seed: int = 1,
+        num_epochs: int | None = None,
+        num_crops: int = 1,
+        **options,
+) -> DataLoader:
+    """Make a training loader of timm's replayable; one process plays any rank, by the sampler."""
+    dataset = create_dataset('', root=str(root), split='train')
+    if aug_splits:
+        dataset = AugMixDataset(dataset, num_splits=aug_splits)
+    loader = create_loader(
+        dataset, (3, 32, 32), batch_size, is_training=True, num_workers=workers, device=torch.device('cpu'),
+        num_aug_splits=aug_splits, collate_fn=mixup, interpolation='random', **options,
+    )
+    if world_size > 1 or aug_repeats:
+        sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=aug_repeats, selected_round=0) \
+            if aug_repeats else DistributedSampler(dataset, world_size, rank)
+        loader.loader = DataLoader(
+            dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=loader.loader.collate_fn,
+            drop_last=True,
+        )
+    return make_replayable(loader, seed, num_epochs, num_crops)
+
+
 class RunsCode:
     """Unpickles by calling `os.system`, which leaves the file `marker` behind."""
 
@@ -70,6 +140,18 @@ class RunsCode:
 
     def __reduce__(self) -> tuple:
         return os.system, (f'touch {shlex.quote(str(self.marker))}',)
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond a size, which is what a full disk looks like to a writer."""
+    resource = pytest.importorskip('resource')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # runs in this process
@@ -184,6 +266,18 @@ def run_on_ranks(function: Callable, args: tuple, folder: Path, world_size: int 
     for process in processes:
         assert process.wait(300) == 0, process.stderr
     return processes
+
+
+def run_torchrun(function: Callable, args: tuple, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """Run a function of a test module in two processes that torchrun starts."""
+    script = folder / 'script.py'
+    script.write_text(
+        f'import sys\nfrom pathlib import PosixPath\nsys.path[:0] = {[str(TESTS.parent), str(TESTS)]}\n'
+        f'from {function.__module__} import {function.__name__}\n{function.__name__}(*{args!r})\n'
+    )
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *options]
+    return subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=400)
 
 
 def _run(function: Callable, args: tuple, stdout: Path, stderr: Path, env: dict[str, str]) -> None:

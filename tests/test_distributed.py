@@ -1,20 +1,18 @@
 """Two processes on the CPU (gloo) do what one does."""
 import json
 import os
-import subprocess
-import sys
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import run_on_ranks
-from timm.data import create_dataset, create_loader, resolve_data_config
+from helpers import Run, logits_of, percent, run_on_ranks, run_torchrun, teacher_logits
+from stopped import train_with_signal
 from torch import nn
 
-from timm_kd import KDTask, Teacher, create_kd_loss, train
-
-REPOSITORY = Path(__file__).parents[1]
+from timm_kd import KDTask, create_kd_loss, train
 
 
 def make_task(loss: str) -> KDTask:
@@ -83,84 +81,44 @@ def teacher_dtype(request) -> torch.dtype:
 
 
 @pytest.fixture(scope='module')
-def two_process_run(digits, digits_teacher, teacher_dtype, tmp_path_factory) -> Path:
+def two_process_run(digits, digits_teacher, teacher_dtype, tmp_path_factory) -> Run:
     """A run of 2 epochs on 2 ranks, on a validation set of odd length, so that the sampler pads it."""
     output = tmp_path_factory.mktemp('two')
-    odd = output / 'digits'
-    for split in ('train', 'validation'):
-        for source in sorted((digits / split).rglob('*.png')):
-            target = odd / source.relative_to(digits)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source)
+    odd = shutil.copytree(digits, output / 'digits')
     next((odd / 'validation').rglob('*.png')).unlink()
     args = script_args(odd, digits_teacher, output, str(teacher_dtype).removeprefix('torch.'))
     args += ['--model-ema', '--model-ema-decay', '0.5']
     runs = run_on_ranks(train.main, (args,), output)
-    (output / 'stdout').write_text(runs[0].stdout)
     assert runs[1].stdout == '' and 'Train:' not in runs[1].stderr
-    return output
-
-
-def evaluate_alone(model: nn.Module, data: Path, config: dict) -> tuple[float, torch.Tensor]:
-    """Top-1 of a model on the validation split, by one process, and its predictions."""
-    dataset = create_dataset('', root=str(data), split='validation')
-    config = config | {'input_size': (3, 32, 32)}
-    loader = create_loader(
-        dataset, config['input_size'], 8, mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
-        interpolation=config['interpolation'], num_workers=0, device=torch.device('cpu'))
-    with torch.no_grad():
-        outputs, targets = zip(*((model.eval()(input).argmax(1), target) for input, target in loader), strict=True)
-    return 100 * (torch.cat(outputs) == torch.cat(targets)).double().mean().item(), torch.cat(outputs)
+    return Run(output / 'run', json.loads(runs[0].stdout.partition('--result\n')[2]))
 
 
 def test_metrics_over_ranks_are_those_of_one_process(two_process_run, digits_teacher, teacher_dtype):
-    results = json.loads((two_process_run / 'stdout').read_text().split('--result\n')[1])
-    checkpoint = torch.load(two_process_run / 'run' / 'last.pth.tar', weights_only=False)
+    data, results = two_process_run.folder.parent / 'digits', two_process_run.result
     student = timm.create_model('test_resnet', num_classes=10)
-    student.load_state_dict(checkpoint['state_dict_ema'])
-    config = resolve_data_config(model=student)
-    top1, predictions = evaluate_alone(student, two_process_run / 'digits', config)
+    student.load_state_dict(two_process_run.checkpoint()['state_dict_ema'])
+    logits, classes = logits_of(student, data)
+    teacher, _ = teacher_logits(digits_teacher, data, teacher_dtype)
     validation = results['all'][-1]['validation']
-    assert validation['top1'] == pytest.approx(top1, abs=1e-9)
-    if teacher_dtype == torch.float32:
-        teacher = timm.create_model(f'local-dir:{digits_teacher}', pretrained=True)
-        config.update({key: teacher.pretrained_cfg[key] for key in ('mean', 'std')})
-    else:  # bfloat16 rounds the folded weights that run otherwise than timm's own
-        teacher = Teacher(digits_teacher, 10, config['mean'], config['std'], dtype='bfloat16')
-    teacher_top1, teacher_predictions = evaluate_alone(teacher, two_process_run / 'digits', config)
-    assert results['teacher'][0]['top1'] == pytest.approx(teacher_top1, abs=1e-9)
-    agreement = 100 * (predictions == teacher_predictions).double().mean().item()
-    assert validation['agreement'] == pytest.approx(agreement, abs=1e-9)
+    assert validation['top1'] == pytest.approx(percent(logits, classes), abs=1e-9)
+    assert results['teacher'][0]['top1'] == pytest.approx(percent(teacher, classes), abs=1e-9)
+    assert validation['agreement'] == pytest.approx(percent(logits, teacher), abs=1e-9)
 
 
 def test_checkpoint_of_two_processes_holds_the_student_alone(two_process_run):
-    checkpoint = torch.load(two_process_run / 'run' / 'last.pth.tar', weights_only=False)
-    assert set(checkpoint['state_dict']) == set(timm.create_model('test_resnet', num_classes=10).state_dict())
+    keys = timm.create_model('test_resnet', num_classes=10).state_dict().keys()
+    assert two_process_run.checkpoint()['state_dict'].keys() == keys
+
+
+def train_and_die_once(argv: list[str]) -> None:
+    """Train, and kill rank 1 in epoch 1, the first time only."""
+    again = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+    train_with_signal('nowhere' if again else 'update 0', 1, signal.SIGKILL, (1,), argv)
 
 
 def test_rank_killed_under_torchrun_is_restarted_and_ends_as_a_whole_run(digits, digits_teacher, tmp_path):
-    # The shim kills rank 1 by SIGKILL in epoch 1, the first time only.
-    shim = tmp_path / 'shim.py'
-    shim.write_text(
-        'import os, signal, sys\n'
-        f'sys.path.insert(0, {str(REPOSITORY)!r})\n'
-        'from timm_kd import loop, train\n'
-        'after_update = loop.Loop._after_update\n'
-        'def die_once(self, progress):\n'
-        '    after_update(self, progress)\n'
-        '    first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"\n'
-        '    if progress.epoch == 1 and os.environ["RANK"] == "1" and first_start:\n'
-        '        os.kill(os.getpid(), signal.SIGKILL)\n'
-        'loop.Loop._after_update = die_once\n'
-        'train.main()\n'
-    )
     args = [*script_args(digits, digits_teacher, tmp_path), '--resume', 'auto']
-    command = [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1',
-        str(shim), *args,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=400)
+    done = run_torchrun(train_and_die_once, (args,), tmp_path, '--max-restarts', '1')
     assert done.returncode == 0, done.stderr
     assert 'going on from' in done.stderr
     whole = tmp_path / 'whole'

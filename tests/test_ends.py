@@ -4,15 +4,15 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import helpers
 import pytest
 import torch
 from helpers import BASE, Process, run_on_ranks, run_script, start_on_ranks
+from stopped import at, train_with_signal
 
-from timm_kd import files, loop, meters, train
+from timm_kd import files, meters, train
 from timm_kd.files import FolderLock
 from timm_kd.hub.__main__ import main as hub_main
 from timm_kd.process import get_random_state, set_random_state
@@ -21,18 +21,6 @@ from timm_kd.teacher_cache.__main__ import main as cache_main
 
 def command(data: Path, output: Path, flags: str = '', name: str = 'run') -> list[str]:
     return [str(data), *shlex.split(BASE), '--output', str(output), '--experiment', name, *shlex.split(flags)]
-
-
-def at_update(epoch: int, update: int, act: Callable[[], None]) -> None:
-    """Do something in this process when it has made an update."""
-    after_update = loop.Loop._after_update
-
-    def act_after_update(self, progress):
-        if (progress.epoch, progress.update_idx) == (epoch, update):
-            act()
-        after_update(self, progress)
-
-    loop.Loop._after_update = act_after_update
 
 
 def assert_one_line(error: str, *words: str) -> None:
@@ -49,7 +37,7 @@ def train_and_wait(trained, go_on, argv: list[str]) -> None:
         trained.set()
         go_on.wait()
 
-    at_update(0, 1, wait)
+    at('update 1', 0, wait)
     train.main(argv)
 
 
@@ -130,12 +118,6 @@ def test_folder_with_the_run_json_of_another_program_is_refused(digits, tmp_path
 # Ctrl-C
 
 
-def train_and_interrupt(epoch: int, update: int, ranks: tuple[int, ...], argv: list[str]) -> None:
-    if int(os.environ.get('RANK', 0)) in ranks:
-        at_update(epoch, update, lambda: os.kill(os.getpid(), signal.SIGINT))
-    train.main(argv)
-
-
 def results_of(stdout: str) -> list[int]:
     return [result['epoch'] for result in json.loads(stdout.split('--result\n')[1])['all']]
 
@@ -153,12 +135,12 @@ def test_ctrl_c_ends_the_epochs_and_leaves_the_results_so_far(digits, tmp_path):
 
 def train_and_interrupt_without_hub(argv: list[str]) -> None:
     train.check_access = lambda *args, **kwargs: None
-    train_and_interrupt(1, 2, (0,), argv)
+    train_with_signal('update 2', 1, signal.SIGINT, (0,), argv)
 
 
 def test_ctrl_c_that_reaches_one_process_ends_all(digits, tmp_path):
     argv = command(digits, tmp_path, '--epochs 3 --batch-size 8')
-    runs = start_on_ranks(train_and_interrupt, (1, 2, (1,), argv), tmp_path / 'printed')
+    runs = start_on_ranks(train_with_signal, ('update 2', 1, signal.SIGINT, (1,), argv), tmp_path / 'printed')
     assert [run.wait(120) for run in runs] == [0, 0], [run.stderr for run in runs]
     assert results_of(runs[0].stdout) == [0]
     assert 'Traceback' not in runs[0].stderr + runs[1].stderr

@@ -4,9 +4,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import NUM_CLASSES, NUM_SAMPLES, PER_CLASS
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
-from timm.data.dataset import AugMixDataset
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import MultiEpochsDataLoader
 from timm.data.random_erasing import RandomErasing
@@ -19,47 +18,6 @@ from timm_kd.replay import BatchKey, ReplayMixup, make_replayable
 from timm_kd.replay.batches import ShuffledSampler
 from timm_kd.replay.draws import derive_seed, seed_generators, seeds_under
 from timm_kd.replay.transforms import ReplayCollateMixup, ReplayDataset, ReplayErasing, Samples
-
-NUM_CLASSES, PER_CLASS, SIZE = 4, 9, 16
-NUM_SAMPLES = NUM_CLASSES * PER_CLASS
-
-
-@pytest.fixture(scope='module')
-def image_folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp('images')
-    pixels = np.random.default_rng(0)
-    for class_index in range(NUM_CLASSES):
-        folder = root / 'train' / str(class_index)
-        folder.mkdir(parents=True)
-        for number in range(PER_CLASS):
-            Image.fromarray(pixels.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f'{number}.png')
-    return root
-
-
-def build(
-        root, workers=0, seed=1, world_size=1, rank=0, batch_size=8, aug_repeats=0, aug_splits=0, mixup=None,
-        num_crops=1, **kwargs,
-):
-    """A training loader of timm's, made replayable; ranks are played in one process by setting the sampler's."""
-    dataset = create_dataset('', root=str(root), split='train')
-    if aug_splits:
-        dataset = AugMixDataset(dataset, num_splits=aug_splits)
-    loader = create_loader(
-        dataset, (3, SIZE, SIZE), batch_size, is_training=True, num_workers=workers, device=torch.device('cpu'),
-        num_aug_splits=aug_splits, collate_fn=mixup, interpolation='random', **kwargs,
-    )
-    if world_size > 1 or aug_repeats:
-        inner = getattr(loader, 'loader', loader)
-        sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=aug_repeats, selected_round=0) \
-            if aug_repeats else DistributedSampler(dataset, world_size, rank)
-        sharded = DataLoader(
-            dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=inner.collate_fn, drop_last=True,
-        )
-        if inner is loader:
-            loader = sharded
-        else:
-            loader.loader = sharded
-    return make_replayable(loader, seed, num_crops=num_crops)
 
 
 def read(loader, epoch=0, start_batch=0):
@@ -97,26 +55,26 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize('pipeline', PIPELINES)
-def test_batches_do_not_depend_on_workers_their_age_or_the_process_wide_streams(image_folder, pipeline):
+def test_batches_do_not_depend_on_workers_their_age_or_the_process_wide_streams(replayable, pipeline):
     settings = dict(PIPELINES[pipeline])
     if 'mixup' in settings:
         settings['mixup'] = mixup_of(settings['mixup'])
     torch.manual_seed(3)
-    in_process = build(image_folder, **settings)
+    in_process = replayable(**settings)
     expected = [read(in_process, epoch) for epoch in range(3)]
     random.seed(99)
     np.random.seed(99)
     torch.manual_seed(99)
-    with_workers = build(image_folder, workers=2, **settings)
+    with_workers = replayable(workers=2, **settings)
 
     assert same(read(with_workers, 2), expected[2])  # fresh workers
     assert same(read(with_workers, 1), expected[1])  # the same workers, older
     assert not same(expected[0], expected[1])
 
 
-def test_mixup_of_the_training_loop_depends_on_the_batch_alone(image_folder):
+def test_mixup_of_the_training_loop_depends_on_the_batch_alone(replayable):
     def run(workers):
-        loader = build(image_folder, workers=workers, use_prefetcher=False)
+        loader = replayable(workers=workers, use_prefetcher=False)
         mixup_fn = ReplayMixup(mixup_of('elem', Mixup), loader.batch_sampler)
         loader.batch_sampler.set_epoch(4)
         return [mixup_fn(x, y) for x, y in loader]
@@ -128,10 +86,10 @@ def test_mixup_of_the_training_loop_depends_on_the_batch_alone(image_folder):
 
 @pytest.mark.parametrize('num_crops', [1, 4])
 @pytest.mark.parametrize('workers', [0, 2])
-def test_resuming_inside_an_epoch_continues_with_the_batches_left(image_folder, workers, num_crops):
+def test_resuming_inside_an_epoch_continues_with_the_batches_left(replayable, workers, num_crops):
     settings = dict(mixup=mixup_of('pair'), re_prob=0.6, re_mode='pixel', num_crops=num_crops)
-    whole = read(build(image_folder, **settings), epoch=3)
-    resumed = build(image_folder, workers=workers, **settings)
+    whole = read(replayable(**settings), epoch=3)
+    resumed = replayable(workers=workers, **settings)
 
     assert same(read(resumed, epoch=3, start_batch=2), whole[2:])
     assert len(resumed) == len(whole) == NUM_SAMPLES // 8
@@ -142,12 +100,13 @@ def test_resuming_inside_an_epoch_continues_with_the_batches_left(image_folder, 
     (2, 8, 1), (4, 8, 1), (5, 10, 1), (5, 20, 1), (2, 8, 2), (2, 8, 4), (3, 12, 2),
 ])
 def test_a_global_batch_holds_the_same_samples_and_pixels_for_any_world_size(
-        image_folder, world_size, batch_size, num_crops,
+        replayable, world_size, batch_size, num_crops,
 ):
     settings = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.6, re_mode='pixel', num_crops=num_crops)
-    whole = read(build(image_folder, batch_size=batch_size, **settings), epoch=1)
+    whole = read(replayable(batch_size=batch_size, **settings), epoch=1)
     ranks = [
-        read(build(image_folder, 0, 1, world_size, rank, batch_size // world_size, **settings), epoch=1)
+        read(replayable(
+            world_size=world_size, rank=rank, batch_size=batch_size // world_size, **settings), epoch=1)
         for rank in range(world_size)
     ]
     dealt = [
@@ -160,38 +119,38 @@ def test_a_global_batch_holds_the_same_samples_and_pixels_for_any_world_size(
     assert same(dealt, whole)
 
 
-def test_ranks_mix_under_different_draws(image_folder):
+def test_ranks_mix_under_different_draws(replayable):
     lam = [
-        read(build(image_folder, world_size=2, rank=rank, mixup=mixup_of('elem')), epoch=1)[0][1].amax(1)
+        read(replayable(world_size=2, rank=rank, mixup=mixup_of('elem')), epoch=1)[0][1].amax(1)
         for rank in range(2)
     ]
     assert not torch.equal(*lam)
 
 
-def test_without_mixup_a_sample_has_the_same_pixels_in_any_batch_size(image_folder):
+def test_without_mixup_a_sample_has_the_same_pixels_in_any_batch_size(replayable):
     settings = dict(re_prob=0.6, re_mode='pixel')
-    by_four = read(build(image_folder, batch_size=4, **settings))
-    by_twelve = read(build(image_folder, batch_size=12, **settings))
-    assert torch.equal(torch.cat([x for x, _ in by_four]), torch.cat([x for x, _ in by_twelve]))
+    by_four = read(replayable(batch_size=4, **settings))
+    by_twenty = read(replayable(batch_size=20, **settings))
+    assert torch.equal(torch.cat([x for x, _ in by_four]), torch.cat([x for x, _ in by_twenty]))
 
 
-def test_another_epoch_gives_other_pixels_to_the_same_sample(image_folder):
-    dataset = build(image_folder).loader.dataset
+def test_another_epoch_gives_other_pixels_to_the_same_sample(replayable):
+    dataset = replayable().loader.dataset
     keys = [BatchKey(epoch, first=0, stride=1, samples=[5, 7], mixup_enabled=False) for epoch in (0, 1)]
     for first, second in zip(*(dataset.__getitems__(key) for key in keys), strict=True):
         assert not np.array_equal(first[0], second[0])
 
 
-def test_another_seed_gives_another_order_and_other_pixels(image_folder):
-    order = [build(image_folder, seed=seed).batch_sampler.rows(0)[0].tolist() for seed in (1, 2)]
+def test_another_seed_gives_another_order_and_other_pixels(replayable):
+    order = [replayable(seed=seed).batch_sampler.rows(0)[0].tolist() for seed in (1, 2)]
     assert order[0] != order[1]
-    datasets = [build(image_folder, seed=seed).loader.dataset for seed in (1, 2)]
-    key = next(iter(build(image_folder).batch_sampler))
+    datasets = [replayable(seed=seed).loader.dataset for seed in (1, 2)]
+    key = next(iter(replayable().batch_sampler))
     assert not np.array_equal(*(dataset.__getitems__(key)[0][0] for dataset in datasets))
 
 
-def test_an_epoch_holds_each_sample_once_and_the_next_shuffles_anew(image_folder):
-    sampler = build(image_folder, batch_size=12).batch_sampler
+def test_an_epoch_holds_each_sample_once_and_the_next_shuffles_anew(replayable):
+    sampler = replayable().batch_sampler
     orders = []
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -200,8 +159,8 @@ def test_an_epoch_holds_each_sample_once_and_the_next_shuffles_anew(image_folder
     assert orders[0] != orders[1]
 
 
-def test_copies_of_a_repeated_sample_are_augmented_apart(image_folder):
-    loaders = [build(image_folder, aug_repeats=3, world_size=3, rank=rank, batch_size=4) for rank in range(3)]
+def test_copies_of_a_repeated_sample_are_augmented_apart(replayable):
+    loaders = [replayable(aug_repeats=3, world_size=3, rank=rank, batch_size=4) for rank in range(3)]
     batches = [read(loader)[0] for loader in loaders]
     indices = [loader.batch_sampler.rows(0)[0] for loader in loaders]
     assert indices[0].tolist() == indices[1].tolist() == indices[2].tolist()
@@ -211,8 +170,8 @@ def test_copies_of_a_repeated_sample_are_augmented_apart(image_folder):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_loading_draws_nothing_from_the_process_wide_streams(image_folder, workers):
-    loader = build(image_folder, workers, mixup=mixup_of('batch'), re_prob=0.9, re_mode='pixel', auto_augment='augmix')
+def test_loading_draws_nothing_from_the_process_wide_streams(replayable, workers):
+    loader = replayable(workers, mixup=mixup_of('batch'), re_prob=0.9, re_mode='pixel', auto_augment='augmix')
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     read(loader)
     assert random.getstate() == states[0]
@@ -221,8 +180,8 @@ def test_loading_draws_nothing_from_the_process_wide_streams(image_folder, worke
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_mixup_turned_off_between_epochs_stops_in_living_workers(image_folder, workers):
-    loader = build(image_folder, workers, mixup=FastCollateMixup(label_smoothing=0.0, num_classes=NUM_CLASSES))
+def test_mixup_turned_off_between_epochs_stops_in_living_workers(replayable, workers):
+    loader = replayable(workers, mixup=FastCollateMixup(label_smoothing=0.0, num_classes=NUM_CLASSES))
     mixed = read(loader, epoch=0)
     loader.mixup_enabled = False
     plain = read(loader, epoch=1)
@@ -230,13 +189,13 @@ def test_mixup_turned_off_between_epochs_stops_in_living_workers(image_folder, w
     assert all((y.amax(1) == 1).all() for _, y in plain)
 
 
-def test_a_resolution_schedule_goes_through_the_sizes_that_timm_plans(image_folder):
+def test_a_resolution_schedule_goes_through_the_sizes_that_timm_plans(image_folder, replayable):
     settings = dict(input_size_choices=[16, 24], batch_size_choices=[8, 4])
     timms = create_loader(
-        create_dataset('', root=str(image_folder), split='train'), (3, SIZE, SIZE), 8, is_training=True, num_workers=0,
+        create_dataset('', root=str(image_folder), split='train'), (3, 32, 32), 8, is_training=True, num_workers=0,
         device=torch.device('cpu'), **settings,
     )
-    replayed = build(image_folder, **settings)
+    replayed = replayable(**settings)
     planned = []
     for epoch in range(3):
         timms.batch_sampler.set_epoch(epoch)
@@ -245,8 +204,8 @@ def test_a_resolution_schedule_goes_through_the_sizes_that_timm_plans(image_fold
     assert planned[0] != planned[1] or planned[1] != planned[2]
 
 
-def test_rows_name_the_samples_of_a_batch_before_it_is_loaded(image_folder):
-    loader = build(image_folder, world_size=2, rank=1, batch_size=4)
+def test_rows_name_the_samples_of_a_batch_before_it_is_loaded(replayable):
+    loader = replayable(world_size=2, rank=1, batch_size=4)
     loader.batch_sampler.rows(0)  # of another epoch
     loader.batch_sampler.set_epoch(2)
     rows = [loader.batch_sampler.rows(batch) for batch in range(len(loader))]
@@ -255,9 +214,9 @@ def test_rows_name_the_samples_of_a_batch_before_it_is_loaded(image_folder):
     assert np.concatenate([positions for _, positions in rows]).tolist() == list(range(1, 2 * 4 * len(loader), 2))
 
 
-def test_erasing_keeps_its_rate_and_its_unit_normal_pixels(image_folder):
-    loader = build(image_folder, batch_size=36, no_aug=False, re_prob=0.5, re_mode='pixel')
-    plain = build(image_folder, batch_size=36)
+def test_erasing_keeps_its_rate_and_its_unit_normal_pixels(replayable):
+    loader = replayable(batch_size=NUM_SAMPLES, no_aug=False, re_prob=0.5, re_mode='pixel')
+    plain = replayable(batch_size=NUM_SAMPLES)
     changed, pixels = [], []
     for epoch in range(6):
         (erased, _), (whole, _) = read(loader, epoch)[0], read(plain, epoch)[0]
@@ -265,19 +224,19 @@ def test_erasing_keeps_its_rate_and_its_unit_normal_pixels(image_folder):
         changed += mask.flatten(1).any(1).tolist()
         pixels.append(erased[mask])
     pixels = torch.cat(pixels)
-    assert 0.4 < np.mean(changed) < 0.6  # 216 rows, sigma 0.034
+    assert 0.4 < np.mean(changed) < 0.6  # 240 rows, sigma 0.032
     assert abs(pixels.mean()) < 0.03 and abs(pixels.std() - 1) < 0.03
 
 
 @pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])
 @pytest.mark.parametrize('splits', [0, 2])
-def test_erasing_draws_what_timms_does_under_the_seed_of_each_row(image_folder, mode, splits):
-    sampler = build(image_folder, world_size=2, rank=1, batch_size=8).batch_sampler
+def test_erasing_draws_what_timms_does_under_the_seed_of_each_row(replayable, mode, splits):
+    sampler = replayable(world_size=2, rank=1, batch_size=8).batch_sampler
     sampler.set_epoch(3, start_batch=1)
     next(iter(sampler))
     sampler.deliver()
     erasing = RandomErasing(0.6, mode=mode, max_count=3, num_splits=splits, device='cpu')
-    images = torch.randn(8 * max(splits, 1), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(8 * max(splits, 1), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     erased, expected = ReplayErasing(erasing, sampler)(images.clone()), images.clone()
     for row in range(8 if splits else 0, len(images)):
         seed_generators(derive_seed(1, 3, 3, (8 + row % 8) * 2 + 1, row // 8))
@@ -286,13 +245,23 @@ def test_erasing_draws_what_timms_does_under_the_seed_of_each_row(image_folder, 
 
 
 class Drawing:
-    """A data set whose samples are what the three streams give."""
+    """A data set whose images are their indices, and whose transform draws from the three streams."""
+
+    def __init__(self, length=100):
+        self.length = length
+        self.decoded = []
 
     def __len__(self):
-        return 100
+        return self.length
 
     def __getitem__(self, index):
-        return random.random(), np.random.random(), torch.rand(()).item()
+        index = index[0] if isinstance(index, tuple) else index  # of timm's (index, choice)
+        self.decoded.append(index)
+        return self.transform(index) if self.transform else index, index % NUM_CLASSES
+
+    @staticmethod
+    def transform(image):
+        return image, random.random(), np.random.random(), torch.rand(()).item()
 
 
 @pytest.mark.parametrize('repeats', [1, 3])
@@ -345,8 +314,8 @@ def test_workers_are_those_that_the_loader_asked_for(kind, persistent):
     assert replayed.persistent_workers == (persistent or kind is MultiEpochsDataLoader)
 
 
-def test_mixup_draws_what_timms_does_under_the_seed_of_the_batch(image_folder):
-    loader = build(image_folder, use_prefetcher=False)
+def test_mixup_draws_what_timms_does_under_the_seed_of_the_batch(replayable):
+    loader = replayable(use_prefetcher=False)
     loader.batch_sampler.set_epoch(3)
     mixup = mixup_of('elem', Mixup)
     for number, (images, target) in enumerate(loader):
@@ -357,7 +326,7 @@ def test_mixup_draws_what_timms_does_under_the_seed_of_the_batch(image_folder):
 
 @pytest.mark.parametrize('epoch, first', [(3, 0), (3, 16), (4, 16)])
 def test_mixing_in_the_collation_draws_what_timms_does_under_the_seed_of_the_batch(epoch, first):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, SIZE, SIZE), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
     batch = Samples(BatchKey(epoch, first, stride=1, samples=list(range(8)), mixup_enabled=True))
     batch.extend(zip(pixels, [0, 1, 2, 3] * 2, strict=True))
     mixed = ReplayCollateMixup(mixup_of('elem'), seed=1)(batch)
@@ -417,9 +386,9 @@ def test_streams_start_where_those_of_stored_epochs_and_checkpoints_did():
     dict(train_crop_mode='rkrc', scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0, color_jitter=None),
     dict(train_crop_mode='rkrr', use_prefetcher=False, re_prob=0.6, re_mode='pixel', color_jitter=0.4),
 ], ids=str)
-def test_crops_are_to_the_bit_those_of_decoding_the_image_for_each(image_folder, settings, num_crops, workers):
-    loader = build(image_folder, workers, num_crops=num_crops, **settings)
-    plain = build(image_folder, **settings)
+def test_crops_are_to_the_bit_those_of_decoding_the_image_for_each(replayable, settings, num_crops, workers):
+    loader = replayable(workers, num_crops=num_crops, **settings)
+    plain = replayable(**settings)
     dataset = getattr(plain, 'loader', plain).dataset.dataset
     for epoch in (0, 3):
         loader.batch_sampler.set_epoch(epoch)
@@ -437,8 +406,8 @@ def test_in_as_many_epochs_each_image_is_seen_in_one_with_all_its_crops_side_by_
 ):
     once, samplers = 101 // (batch_size * world_size), []
     for rank in range(world_size):
-        sampler = DistributedSampler(Transformed(101), world_size, rank)
-        loader = DataLoader(Transformed(101), batch_size, sampler=sampler, drop_last=True)
+        sampler = DistributedSampler(Drawing(101), world_size, rank)
+        loader = DataLoader(Drawing(101), batch_size, sampler=sampler, drop_last=True)
         samplers.append(make_replayable(loader, seed=1, num_crops=num_crops).batch_sampler)
     orders = []
     for first in (0, num_crops):
@@ -458,38 +427,20 @@ def test_in_as_many_epochs_each_image_is_seen_in_one_with_all_its_crops_side_by_
     assert orders[0] != orders[1] and set(orders[0]) != set(orders[1])
 
 
-class Transformed:
-    """A data set whose images are their indices, and whose transform draws from the three streams."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        self.decoded = [*getattr(self, 'decoded', ()), index]
-        return self.transform(index) if self.transform else index, index % NUM_CLASSES
-
-    @staticmethod
-    def transform(image):
-        return image, random.random(), np.random.random(), torch.rand(()).item()
-
-
 def test_an_image_is_decoded_once_for_crops_drawn_under_seed_epoch_index_and_number():
-    data = Transformed(50)
+    data = Drawing(50)
     key = BatchKey(epoch=4, first=6, stride=2, samples=[7] * 3 + [9] * 3, mixup_enabled=False, num_crops=3)
     drawn = ReplayDataset(data, seed=42, num_crops=3).__getitems__(key)
     assert data.decoded == [7, 9]
     for row, sample in enumerate(drawn):
         index = key.samples[row]
         seed_generators(derive_seed(42, 1, 4, index, row % 3))
-        assert sample == (Transformed.transform(index), index % NUM_CLASSES)
+        assert sample == (Drawing.transform(index), index % NUM_CLASSES)
 
 
-def test_the_first_crop_of_an_epoch_is_the_one_of_a_loader_without_crops(image_folder):
-    cropped = build(image_folder, num_crops=4)
-    plain = build(image_folder)
+def test_the_first_crop_of_an_epoch_is_the_one_of_a_loader_without_crops(replayable):
+    cropped = replayable(num_crops=4)
+    plain = replayable()
     for epoch in range(4):
         batches, singles = read(cropped, epoch), read(plain, epoch)
         order = np.concatenate([plain.batch_sampler.rows(number)[0] for number in range(len(singles))]).tolist()
@@ -501,7 +452,7 @@ def test_the_first_crop_of_an_epoch_is_the_one_of_a_loader_without_crops(image_f
 
 
 def test_what_a_loader_keeps_is_filled_up_to_equal_epochs_with_the_first_images_again():
-    sampler = make_replayable(DataLoader(Transformed(11), 6, shuffle=True), seed=1, num_crops=3).batch_sampler
+    sampler = make_replayable(DataLoader(Drawing(11), 6, shuffle=True), seed=1, num_crops=3).batch_sampler
     seen = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -514,7 +465,7 @@ def test_what_a_loader_keeps_is_filled_up_to_equal_epochs_with_the_first_images_
 @pytest.mark.parametrize('mode', ['batch', 'elem', 'pair'])
 @pytest.mark.parametrize('batch_size, num_crops', [(8, 4), (8, 2), (12, 3), (4, 4)])
 def test_mixup_mixes_the_batch_as_timm_does_and_no_siblings_but_where_there_is_one_image(mode, batch_size, num_crops):
-    class OwnClasses(Transformed):
+    class OwnClasses(Drawing):
         """A class for each image, so that a mixed target shows of which images it is."""
         transform = staticmethod(lambda index: torch.zeros(3, 2, 2))
 
@@ -537,22 +488,22 @@ def test_mixup_mixes_the_batch_as_timm_does_and_no_siblings_but_where_there_is_o
     (dict(aug_splits=2, auto_augment='augmix-m5'), 'AugMixDataset'),
     (dict(input_size_choices=[16, 24], batch_size_choices=[8, 4]), 'ScheduledBatchSampler'),
 ])
-def test_crops_are_refused_where_a_batch_would_not_hold_whole_images(image_folder, settings, reason):
+def test_crops_are_refused_where_a_batch_would_not_hold_whole_images(replayable, settings, reason):
     with pytest.raises(ValueError, match=f'num_crops 4.*{reason}'):
-        build(image_folder, num_crops=4, **settings)
+        replayable(num_crops=4, **settings)
 
 
 @pytest.mark.parametrize('world_size', [1, 2])
-def test_positions_number_the_crops_of_an_epoch_over_all_ranks(image_folder, world_size):
+def test_positions_number_the_crops_of_an_epoch_over_all_ranks(replayable, world_size):
     found = []
     for rank in range(world_size):
-        sampler = build(image_folder, world_size=world_size, rank=rank, batch_size=4, num_crops=2).batch_sampler
+        sampler = replayable(world_size=world_size, rank=rank, batch_size=4, num_crops=2).batch_sampler
         sampler.set_epoch(3)
         positions = [key.position(row) for key in sampler for row in range(4)]
         assert sampler.rows(0, len(sampler))[1].tolist() == positions
         found += zip(positions, sampler.rows(0, len(sampler))[0].tolist(), strict=True)
     assert sorted(position for position, _ in found) == list(range(len(found)))
     # Whatever the world size and batch size, a position is the same crop of the same image.
-    expected = build(image_folder, batch_size=12, num_crops=2).batch_sampler
+    expected = replayable(num_crops=2).batch_sampler
     expected.set_epoch(3)
-    assert [index for _, index in sorted(found)] == expected.rows(0, 3)[0].tolist()[:len(found)]
+    assert [index for _, index in sorted(found)] == expected.rows(0, len(expected))[0].tolist()[:len(found)]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
-from timm.data import FastCollateMixup, create_dataset, create_loader
-from torch.utils.data import DataLoader, DistributedSampler
+from helpers import NUM_CLASSES, NUM_SAMPLES, build, full_disk
+from timm.data import FastCollateMixup, create_dataset
+from torch.utils.data import BatchSampler
 
 from timm_kd.errors import CommandError, UsageError
-from timm_kd.replay import make_replayable
+from timm_kd.replay import ReplayBatchSampler
+from timm_kd.replay.batches import ShuffledSampler
 from timm_kd.teacher import Teacher
 from timm_kd.teacher_cache import CachedTeacher, CacheFolder, RowLayout
 from timm_kd.teacher_cache.cached_teacher import HostCopies
@@ -27,13 +27,21 @@ from timm_kd.teacher_cache.epoch_file import EpochFile, epoch_file_size
 from timm_kd.teacher_cache.folder import MEMBERS_FILE, epoch_files, read_members, read_rows, read_validation
 from timm_kd.teacher_cache.key import fingerprint_dataset, fingerprint_teacher, write_new
 
-NUM_CLASSES, PER_CLASS, SIZE = 10, 4, 32
-NUM_SAMPLES = NUM_CLASSES * PER_CLASS
-ROW = 16
+ROW = 16  # bytes: four classes in float32
 
 
-def rows_of(count, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, ROW), dtype=np.uint8)
+def rows_of(count):
+    return np.random.default_rng(0).integers(0, 256, (count, ROW), dtype=np.uint8)
+
+
+def rows_in(file, rows):
+    out = np.empty((len(rows), ROW), np.uint8)
+    file.read(np.array(rows), out)
+    return out
+
+
+def present(file, num_rows=100):
+    return np.flatnonzero(file.has(np.arange(num_rows))).tolist()
 
 
 @pytest.mark.parametrize('dtype, exact', [('float32', True), ('float16', False)])
@@ -72,10 +80,8 @@ def test_an_epoch_file_gives_back_rows_written_in_any_order(tmp_path):
     file.write(np.array([7, 8, 9, 99, 0]), data)
     file.close()
     file = EpochFile(tmp_path / 'epoch', 100, ROW, writable=False)
-    out = np.empty((2, ROW), np.uint8)
-    file.read(np.array([99, 8]), out)
-    assert np.array_equal(out, data[[3, 1]])
-    assert np.flatnonzero(file.has(np.arange(100))).tolist() == [0, 7, 8, 9, 99]
+    assert np.array_equal(rows_in(file, [99, 8]), data[[3, 1]])
+    assert present(file) == [0, 7, 8, 9, 99]
 
 
 def test_a_row_whose_checksum_is_zero_is_present_all_the_same(tmp_path):
@@ -84,7 +90,7 @@ def test_a_row_whose_checksum_is_zero_is_present_all_the_same(tmp_path):
     assert zlib.crc32(start + end) == 0
     file = EpochFile(tmp_path / 'epoch', 100, ROW, writable=True)
     file.write(np.array([3]), np.frombuffer(start + end, np.uint8)[None])
-    assert file.has(np.arange(5)).tolist() == [False, False, False, True, False]
+    assert present(file) == [3]
     assert len(file.drop_damaged()) == 0
 
 
@@ -114,7 +120,7 @@ def test_rows_lost_when_the_machine_stopped_count_as_absent(tmp_path):
         raw.seek(epoch_file_size(100, ROW) - 97 * ROW)
         raw.write(bytes(ROW))
     again = EpochFile(path, 100, ROW, writable=True)
-    assert np.flatnonzero(again.has(np.arange(100))).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert present(again) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
 
 
 def fill_until_killed(path, started):
@@ -134,29 +140,33 @@ def test_sigkill_during_a_fill_loses_at_most_the_batch_under_way(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     file = EpochFile(tmp_path / 'epoch', 100_000, ROW, writable=True)
-    present = np.flatnonzero(file.has(np.arange(100_000)))
-    assert 8 <= len(present) < 100_000
-    assert present.tolist() == list(range(len(present)))  # no hole: every batch before the last is there
-    out = np.empty((len(present), ROW), np.uint8)
-    file.read(present, out)
-    assert np.array_equal(out, rows_of(100_000)[:len(present)])
+    stored = present(file, 100_000)
+    assert 8 <= len(stored) < 100_000
+    assert stored == list(range(len(stored)))  # no hole: every batch before the last is there
+    assert np.array_equal(rows_in(file, stored), rows_of(100_000)[:len(stored)])
 
 
+ROWS = {'by': 'sample', 'count': 100, 'classes': 4, 'dtype': 'float32', 'topk': None}
 KEY = {'data': {'hflip': 0.5, 'scale': (0.08, 1.0)}, 'seed': 42, 'teacher': [{'source': 'resnet34.tv_in1k'}]}
 
 
-def folder(path, key=KEY, **kwargs):
-    return CacheFolder(path, key, num_rows=100, row_bytes=ROW, **kwargs)
+def folder(path, rebuild=False, teacher=None, **key):
+    return CacheFolder(path, {**KEY, 'rows': ROWS, **key}, rebuild, teacher)
+
+
+def covers(cache, epochs=(0,), num_rows=100):
+    """Whether a cache has the first rows of some epochs."""
+    return cache.covers(ReplayBatchSampler(BatchSampler(ShuffledSampler(range(num_rows), 1, 0), 1, True), 0), epochs)
 
 
 def test_the_same_key_opens_a_cache_again(tmp_path):
     folder(tmp_path).close()
-    folder(tmp_path, key=json.loads(json.dumps(KEY))).close()
+    folder(tmp_path, **json.loads(json.dumps(KEY))).close()
 
 
-def store_rows(cache, epoch=0):
+def store_rows(cache, epoch=0, num_rows=100):
     file = cache.open_epoch(epoch)
-    file.write(np.arange(100), rows_of(100))
+    file.write(np.arange(num_rows), rows_of(num_rows))
     file.close()
 
 
@@ -170,7 +180,7 @@ def fill(*args, **kwargs):
 def test_another_key_is_refused_with_field_values_and_way_out(tmp_path):
     fill(tmp_path)
     with pytest.raises(UsageError) as refused:
-        folder(tmp_path, key={**KEY, 'data': {'hflip': 0.0, 'scale': (0.08, 1.0)}})
+        folder(tmp_path, data={'hflip': 0.0, 'scale': (0.08, 1.0)})
     assert 'data.hflip was 0.5, is now 0.0' in str(refused.value)
     assert '`rebuild`' in str(refused.value) and 'another folder' in str(refused.value)
 
@@ -178,11 +188,11 @@ def test_another_key_is_refused_with_field_values_and_way_out(tmp_path):
 def test_rebuild_throws_away_the_rows_of_another_key(tmp_path):
     first = folder(tmp_path)
     store_rows(first)
-    assert first.covers([0], lambda epoch: np.arange(100))
+    assert covers(first)
     first.close()
-    rebuilt = folder(tmp_path, key={**KEY, 'seed': 1}, rebuild=True)
-    assert not rebuilt.covers([0], lambda epoch: np.arange(100))
-    folder(tmp_path, key={**KEY, 'seed': 1}).close()  # once it is cleared, others may use it too
+    rebuilt = folder(tmp_path, seed=1, rebuild=True)
+    assert not covers(rebuilt)
+    folder(tmp_path, seed=1).close()  # once it is cleared, others may use it too
 
 
 def test_rebuild_throws_away_the_rows_of_another_teacher(tmp_path):
@@ -193,14 +203,14 @@ def test_rebuild_throws_away_the_rows_of_another_teacher(tmp_path):
     with pytest.raises(UsageError, match=r'teacher\.json is damaged: use `rebuild`'):
         folder(tmp_path, teacher={'weights': 'def'})
     rebuilt = folder(tmp_path, teacher={'weights': 'def'}, rebuild=True)
-    assert not rebuilt.covers([0], lambda epoch: np.arange(100))
+    assert not covers(rebuilt)
     rebuilt.claim_teacher({'weights': 'def'})
 
 
 def test_a_key_without_rows_gives_way_to_another(tmp_path):
     folder(tmp_path).close()  # a run that was refused for another reason before its first row
-    folder(tmp_path, key={**KEY, 'seed': 1}).close()
-    folder(tmp_path, key={**KEY, 'seed': 1}).close()
+    folder(tmp_path, seed=1).close()
+    folder(tmp_path, seed=1).close()
 
 
 @pytest.mark.parametrize('rebuild', [False, True])
@@ -209,7 +219,7 @@ def test_a_cache_is_not_cleared_while_another_run_uses_it(tmp_path, rebuild):
     if rebuild:
         store_rows(other)
     with pytest.raises(UsageError, match='another run is using'):
-        folder(tmp_path, key={**KEY, 'seed': 1}, rebuild=rebuild)
+        folder(tmp_path, seed=1, rebuild=rebuild)
     other.close()
 
 
@@ -218,25 +228,21 @@ def test_two_runs_fill_one_cache_together(tmp_path):
     files = one.open_epoch(3), two.open_epoch(3)
     files[0].write(np.arange(0, 60), rows_of(100)[:60])
     files[1].write(np.arange(40, 100), rows_of(100)[40:])
-    assert files[0].has(np.arange(100)).all() and files[1].has(np.arange(100)).all()
-    out = np.empty((100, ROW), np.uint8)
-    files[0].read(np.arange(100), out)
-    assert np.array_equal(out, rows_of(100))
+    assert present(files[0]) == present(files[1]) == list(range(100))
+    assert np.array_equal(rows_in(files[0], range(100)), rows_of(100))
 
 
 def test_a_cache_covers_a_run_when_the_rows_it_needs_are_there(tmp_path):
     cache = folder(tmp_path)
     for epoch in (0, 1):
-        file = cache.open_epoch(epoch)
-        file.write(np.arange(90), rows_of(90))
-        file.close()
-    assert cache.covers([0, 1], lambda epoch: np.arange(90))
-    assert not cache.covers([0, 1], lambda epoch: np.arange(91))
-    assert not cache.covers([0, 1, 2], lambda epoch: np.arange(90))
+        store_rows(cache, epoch, num_rows=90)
+    assert covers(cache, [0, 1], num_rows=90)
+    assert not covers(cache, [0, 1], num_rows=91)
+    assert not covers(cache, [0, 1, 2], num_rows=90)
 
 
 def test_too_little_disk_is_an_error_with_both_sizes(tmp_path):
-    cache = CacheFolder(tmp_path, KEY, num_rows=10 ** 9, row_bytes=2000)
+    cache = folder(tmp_path, rows={**ROWS, 'count': 10 ** 9, 'classes': 500})
     with pytest.raises(UsageError, match=r'needs 2\d{5}\.\d\d GB more and its disk has \d+\.\d\d GB free'):
         cache.check_space(range(100))
 
@@ -289,11 +295,9 @@ def test_a_cache_that_cannot_be_written_is_read(open_path):
 
     def read_and_refuse_to_write():
         read_only = folder(open_path)
-        out = np.empty((100, ROW), np.uint8)
-        read_only.open_epoch(0).read(np.arange(100), out)
         with pytest.raises(UsageError, match='cannot be written'):
             read_only.check_space([0, 1])
-        return read_only.covers([0], lambda epoch: np.arange(100)) and np.array_equal(out, rows_of(100))
+        return covers(read_only) and np.array_equal(rows_in(read_only.open_epoch(0), range(100)), rows_of(100))
 
     assert holds_for_a_user_without_rights(read_and_refuse_to_write)
 
@@ -334,7 +338,7 @@ def put_in_place(kind, path, elsewhere):
 def use_everything(path, rebuild):
     cache = folder(path, teacher={'weights': 'abc'}, rebuild=rebuild)
     cache.load_validation('crop', 3)
-    cache.covers([0], lambda epoch: np.arange(100))
+    covers(cache)
     store_rows(cache)
     cache.close()
 
@@ -443,18 +447,6 @@ def test_the_teachers_validation_is_kept_and_a_damaged_one_counts_as_absent(tmp_
     assert cache.load_validation('one crop', 3) == {}
 
 
-@pytest.fixture(scope='module')
-def image_folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp('images')
-    pixels = np.random.default_rng(0)
-    for class_index in range(NUM_CLASSES):
-        path = root / 'train' / str(class_index)
-        path.mkdir(parents=True)
-        for number in range(PER_CLASS):
-            Image.fromarray(pixels.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(path / f'{number}.png')
-    return root
-
-
 def test_a_data_set_is_known_by_its_files_wherever_it_lies(tmp_path, image_folder):
     def fingerprint(root):
         return fingerprint_dataset(create_dataset('', root=str(root), split='train'))
@@ -510,29 +502,13 @@ def test_a_teacher_is_known_by_its_weights(tmp_path):
 
 @pytest.fixture(scope='module')
 def teacher():
-    torch.manual_seed(0)
-    return Teacher(timm.create_model('test_resnet', num_classes=NUM_CLASSES), num_classes=NUM_CLASSES)
+    return Teacher(build(), num_classes=NUM_CLASSES)
 
 
-def loader_of(root, workers=0, batch_size=8, mixup=None, world_size=1, rank=0, num_epochs=None, **kwargs):
-    loader = create_loader(
-        create_dataset('', root=str(root), split='train'), (3, SIZE, SIZE), batch_size, is_training=True,
-        num_workers=workers, device=torch.device('cpu'), interpolation='random', collate_fn=mixup, **kwargs,
-    )
-    if world_size > 1:
-        inner = loader.loader
-        loader.loader = DataLoader(
-            inner.dataset, batch_size, sampler=DistributedSampler(inner.dataset, world_size, rank),
-            collate_fn=inner.collate_fn, drop_last=True,
-        )
-    return make_replayable(loader, seed=1, num_epochs=num_epochs)
-
-
-def cached(path, loader, teacher=None, by_position=False, dtype='float32', topk=None, **kwargs):
-    layout = RowLayout(NUM_CLASSES, dtype, topk)
-    cache = CacheFolder(path, KEY, NUM_SAMPLES, layout.row_bytes)
+def cached(path, loader, teacher=None, by='sample', dtype='float32', topk=None):
+    rows = {'by': by, 'count': NUM_SAMPLES, 'classes': NUM_CLASSES, 'dtype': dtype, 'topk': topk}
     counting = None if teacher is None else Counting(teacher)
-    return CachedTeacher(cache, layout, loader.batch_sampler, by_position, torch.device('cpu'), counting, **kwargs)
+    return CachedTeacher(CacheFolder(path, {'rows': rows}), loader.batch_sampler, torch.device('cpu'), counting)
 
 
 class Counting(torch.nn.Module):
@@ -565,43 +541,43 @@ MIX = dict(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=NUM_CLASSES)
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('mode', [None, 'batch', 'elem'])
-def test_reading_gives_what_the_live_teacher_says_of_the_same_images(tmp_path, image_folder, teacher, workers, mode):
+def test_reading_gives_what_the_live_teacher_says_of_the_same_images(tmp_path, replayable, teacher, workers, mode):
     settings = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.5, re_mode='pixel')
-    mixup = FastCollateMixup(mode=mode, **MIX) if mode else None
-    filling = loader_of(image_folder, mixup=mixup, **settings)
-    filled, computed = epoch_logits(filling, cached(tmp_path, filling, teacher, by_position=bool(mode)), epoch=1)
+    mixup, by = (FastCollateMixup(mode=mode, **MIX), 'position') if mode else (None, 'sample')
+    filling = replayable(mixup=mixup, **settings)
+    filled, computed = epoch_logits(filling, cached(tmp_path, filling, teacher, by=by), epoch=1)
     assert computed == NUM_SAMPLES // 8
 
-    reading = loader_of(image_folder, workers=workers, mixup=mixup, **settings)
+    reading = replayable(workers=workers, mixup=mixup, **settings)
     reading.batch_sampler.set_epoch(1)
     live = torch.cat([teacher(images) for images, _ in reading])
-    read, computed = epoch_logits(reading, cached(tmp_path, reading, by_position=bool(mode)), epoch=1)
+    read, computed = epoch_logits(reading, cached(tmp_path, reading, by=by), epoch=1)
     assert computed == 0
     assert torch.equal(read, live) and torch.equal(filled, live)
 
 
-def test_without_mixing_another_batch_size_and_world_size_read_the_same_rows(tmp_path, image_folder, teacher):
-    filling = loader_of(image_folder, batch_size=8, re_prob=0.5, re_mode='pixel')
+def test_without_mixing_another_batch_size_and_world_size_read_the_same_rows(tmp_path, replayable, teacher):
+    filling = replayable(batch_size=8, re_prob=0.5, re_mode='pixel')
     filled, _ = epoch_logits(filling, cached(tmp_path, filling, teacher), epoch=0)
     order = filling.batch_sampler.rows(0, 5)[0]
     for rank in range(2):
-        reading = loader_of(image_folder, batch_size=5, world_size=2, rank=rank, re_prob=0.5, re_mode='pixel')
+        reading = replayable(batch_size=5, world_size=2, rank=rank, re_prob=0.5, re_mode='pixel')
         read, computed = epoch_logits(reading, cached(tmp_path, reading), epoch=0)
         assert computed == 0
         assert reading.batch_sampler.rows(0, 4)[0].tolist() == order[rank::2].tolist()
         assert torch.equal(read, filled[rank::2])
 
 
-def test_each_rank_fills_its_rows_of_one_epoch(tmp_path, image_folder, teacher):
+def test_each_rank_fills_its_rows_of_one_epoch(tmp_path, replayable, teacher):
     for rank in range(2):
-        filling = loader_of(image_folder, batch_size=4, world_size=2, rank=rank, mixup=FastCollateMixup(**MIX))
-        epoch_logits(filling, cached(tmp_path, filling, teacher, by_position=True), epoch=0)
-    whole = CacheFolder(tmp_path, KEY, NUM_SAMPLES, RowLayout(NUM_CLASSES, 'float32').row_bytes)
-    assert whole.covers([0], lambda epoch: np.arange(NUM_SAMPLES))
+        filling = replayable(batch_size=4, world_size=2, rank=rank, mixup=FastCollateMixup(**MIX))
+        epoch_logits(filling, cached(tmp_path, filling, teacher, by='position'), epoch=0)
+    whole = replayable()
+    assert cached(tmp_path, whole, by='position').folder.covers(whole.batch_sampler, [0])
 
 
-def test_an_interrupted_fill_goes_on_where_it_stopped(tmp_path, image_folder, teacher):
-    filling = loader_of(image_folder)
+def test_an_interrupted_fill_goes_on_where_it_stopped(tmp_path, replayable, teacher):
+    filling = replayable()
     before, computed = epoch_logits(filling, cached(tmp_path, filling, teacher, dtype='float16'), 0, stop_batch=3)
     assert computed == 3
     again, computed = epoch_logits(filling, cached(tmp_path, filling, teacher, dtype='float16'), 0)
@@ -609,8 +585,8 @@ def test_an_interrupted_fill_goes_on_where_it_stopped(tmp_path, image_folder, te
     assert torch.equal(again[:len(before)], before)  # what was learned from is what is read
 
 
-def test_a_batch_of_which_a_row_is_absent_is_computed_anew(tmp_path, image_folder, teacher):
-    loader = loader_of(image_folder)
+def test_a_batch_of_which_a_row_is_absent_is_computed_anew(tmp_path, replayable, teacher):
+    loader = replayable()
     whole, _ = epoch_logits(loader, cached(tmp_path, loader, teacher), 0)
     file = EpochFile(tmp_path / 'epoch-0000.logits', NUM_SAMPLES, 4 * NUM_CLASSES, writable=True)
     file.write(np.array([7]), np.zeros((1, 4 * NUM_CLASSES), np.uint8))  # what a read of it would bring
@@ -630,8 +606,8 @@ def test_copies_arrive_in_the_order_they_were_started():
     assert not list(copies.arrived(wait=True))
 
 
-def test_after_the_distinct_epochs_the_first_comes_again(tmp_path, image_folder, teacher):
-    loader = loader_of(image_folder, num_epochs=2)
+def test_after_the_distinct_epochs_the_first_comes_again(tmp_path, replayable, teacher):
+    loader = replayable(num_epochs=2)
     source = cached(tmp_path, loader, teacher)
     first = [epoch_logits(loader, source, epoch)[0] for epoch in range(2)]
     second = [epoch_logits(loader, source, epoch) for epoch in (2, 3)]
@@ -640,8 +616,8 @@ def test_after_the_distinct_epochs_the_first_comes_again(tmp_path, image_folder,
     assert not torch.equal(first[0], first[1])
 
 
-def test_the_batch_that_is_asked_about_follows_from_the_sampler(tmp_path, image_folder, teacher):
-    loader = loader_of(image_folder, workers=2, re_prob=0.5, re_mode='pixel')
+def test_the_batch_that_is_asked_about_follows_from_the_sampler(tmp_path, replayable, teacher):
+    loader = replayable(workers=2, re_prob=0.5, re_mode='pixel')
     source = cached(tmp_path, loader, teacher)
     whole, _ = epoch_logits(loader, source, 0)
     resumed, computed = epoch_logits(loader, source, 0, start_batch=3)
@@ -659,31 +635,31 @@ def test_the_batch_that_is_asked_about_follows_from_the_sampler(tmp_path, image_
         source(images)
 
 
-def test_an_epochs_file_is_complete_on_disk_after_its_last_batch(tmp_path, image_folder, teacher):
-    loader = loader_of(image_folder)
+def test_an_epochs_file_is_complete_on_disk_after_its_last_batch(tmp_path, replayable, teacher):
+    loader = replayable()
     source = cached(tmp_path, loader, teacher)
     loader.batch_sampler.set_epoch(0)
     for images, _ in loader:
         source(images)
     assert (tmp_path / 'epoch-0000.logits').read_bytes()[0] == 0  # nothing is unsynced
-    assert cached(tmp_path, loader).folder.covers([0], lambda epoch: np.arange(NUM_SAMPLES))
+    assert cached(tmp_path, loader).folder.covers(loader.batch_sampler, [0])
 
 
-def test_an_error_of_training_is_not_masked_by_the_copies_on_their_way(tmp_path, image_folder, teacher):
+def test_an_error_of_training_is_not_masked_by_the_copies_on_their_way(tmp_path, replayable, teacher):
     class BrokenDevice(torch.nn.Module):
         def synchronize(self):
             raise RuntimeError('CUDA error: the second')
 
-    loader = loader_of(image_folder)
+    loader = replayable()
     with pytest.raises(RuntimeError, match='the first'), cached(tmp_path, loader, teacher) as source:
         source(next(iter(loader))[0])
         source._copies._pending.append((BrokenDevice(), np.arange(8), torch.zeros(8, source.layout.row_bytes)))
         raise RuntimeError('CUDA error: the first')
-    folder(tmp_path, key={**KEY, 'seed': 2}, rebuild=True).close()  # the lock is given back
+    folder(tmp_path, seed=2, rebuild=True).close()  # the lock is given back
 
 
-def test_topk_logits_read_are_those_the_filling_run_learned_from(tmp_path, image_folder, teacher):
-    loader = loader_of(image_folder)
+def test_topk_logits_read_are_those_the_filling_run_learned_from(tmp_path, replayable, teacher):
+    loader = replayable()
     filled, _ = epoch_logits(loader, cached(tmp_path, loader, teacher, dtype='float16', topk=3), 0)
     read, computed = epoch_logits(loader, cached(tmp_path, loader, dtype='float16', topk=3), 0)
     assert computed == 0 and torch.equal(read, filled)
@@ -691,21 +667,14 @@ def test_topk_logits_read_are_those_the_filling_run_learned_from(tmp_path, image
     assert math.isfinite(read.sum())
 
 
-def test_a_run_ends_with_the_room_on_its_disk_and_what_it_stored_is_whole(tmp_path, image_folder, teacher):
-    resource = pytest.importorskip('resource')
-    loader = loader_of(image_folder)
-    source = cached(tmp_path, loader, teacher, by_position=True)
+def test_a_run_ends_with_the_room_on_its_disk_and_what_it_stored_is_whole(tmp_path, replayable, teacher):
+    loader = replayable()
+    source = cached(tmp_path, loader, teacher, by='position')
     source.folder.open_epoch(0).close()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A file size limit is what a full disk looks like to a writer.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 20 * 4 * NUM_CLASSES, limits[1]))
-    try:
-        with pytest.raises(CommandError, match='the disk is full'):
-            epoch_logits(loader, source, 0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(8192 + 20 * 4 * NUM_CLASSES), pytest.raises(CommandError, match='the disk is full'):
+        epoch_logits(loader, source, 0)
     file = source.folder.open_epoch(0)
-    assert np.flatnonzero(file.has(np.arange(NUM_SAMPLES))).tolist() == list(range(16))  # two of five batches
+    assert present(file, NUM_SAMPLES) == list(range(16))  # two of five batches
     assert len(file.drop_damaged()) == 0
 
 

@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import free_port
+from helpers import Process, full_disk, run_on_ranks
 from safetensors.torch import load_file, save_file
 from torch.utils.data import BatchSampler
 
@@ -25,7 +22,6 @@ from timm_kd.teacher_cache.__main__ import main as cache_main
 from timm_kd.teacher_cache.epoch_file import EpochFile
 from timm_kd.train import main
 
-ROOT = Path(__file__).parent.parent
 TRAIN, VALIDATION = 6, 4  # images of each class
 NUM_SAMPLES = 10 * TRAIN
 MIXED = '--mixup 0.4 --cutmix 1.0 --aa rand-m9-mstd0.5-inc1 --reprob 0.4'.split()
@@ -78,6 +74,15 @@ def run(home, images):
     return run
 
 
+@pytest.fixture
+def fill(home, images):
+    """Fills a cache ahead of training: all epochs, or a range of them."""
+    def fill(*flags, epochs=''):
+        only = ['--epochs-range', *epochs.split()] if epochs else []
+        cache_main(['fill', *only, *arguments(home, images, 'fill', *flags)])
+    return fill
+
+
 @pytest.fixture(scope='module')
 def live(home, images):
     """The summary.csv of the run with the live teacher, made once for each set of flags."""
@@ -106,9 +111,15 @@ def folder(filled, tmp_path):
     return shutil.copytree(filled, tmp_path / 'cache')
 
 
-def refused(capsys, run, *flags, code=2):
+def change_weights(teacher):
+    state = load_file(teacher / 'model.safetensors')
+    state['fc.bias'] += torch.linspace(-1, 1, 10)
+    save_file(state, teacher / 'model.safetensors')
+
+
+def refused(capsys, run, *flags, code=2, **options):
     with pytest.raises(SystemExit) as stopped:
-        run(*flags)
+        run(*flags, **options)
     assert stopped.value.code == code
     return capsys.readouterr().err
 
@@ -162,9 +173,7 @@ def test_the_cache_that_one_loss_filled_serves_the_others(filled, run, live, tea
 
 def test_several_teachers_are_stored_as_their_mean(tmp_path, run, live, digits_teacher):
     second = shutil.copytree(digits_teacher, tmp_path / 'second')
-    state = load_file(second / 'model.safetensors')
-    state['fc.bias'] += torch.linspace(-1, 1, 10)
-    save_file(state, second / 'model.safetensors')
+    change_weights(second)
     flags = ['--teacher', str(second), '--epochs', '1']
     expected = live(*flags)
     run(*cache(tmp_path / 'cache'), *flags)
@@ -182,17 +191,14 @@ def test_distinct_epochs_come_round_again(filled, run, teacher):
 
 def test_a_fill_killed_in_the_middle_goes_on_and_ends_as_the_live_run(tmp_path, home, images, run, live):
     flags = [*MIXED, '--batch-size', '4']
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'train_kd.py'), *arguments(home, images, 'killed', *cache(tmp_path), *flags)],
-        env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())), stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and present(tmp_path / 'epoch-0000.logits') < 8:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert present(tmp_path / 'epoch-0000.logits') >= 8
-    assert run(*cache(tmp_path), *flags) == live(*flags)
+    argv = arguments(home, images, 'killed', *cache(tmp_path / 'cache'), *flags)
+    process = Process(main, (argv,), tmp_path, dict(OMP_NUM_THREADS=str(torch.get_num_threads())))
+    while process.wait(0.01) is None and present(tmp_path / 'cache' / 'epoch-0000.logits') < 8:
+        pass
+    process.process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert present(tmp_path / 'cache' / 'epoch-0000.logits') >= 8
+    assert run(*cache(tmp_path / 'cache'), *flags) == live(*flags)
 
 
 def present(path):
@@ -206,27 +212,21 @@ def present(path):
 def test_two_processes_fill_what_one_process_reads(tmp_path, home, images, run, live, teacher, crops):
     # Half a batch has its sums in another order. No weight moves, so that this difference does not grow.
     crops = ['--crops-per-image', crops, '--reprob', '0.4', '--opt', 'momentum', '--lr', '1e-30']
-    flags = [*cache(tmp_path), '--batch-size', '8', *crops]
-    subprocess.run(
-        [
-            sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()),
-            str(ROOT / 'train_kd.py'), *arguments(home, images, 'two', *flags),
-        ],
-        env=dict(os.environ, OMP_NUM_THREADS='1'), check=True, timeout=120, stderr=subprocess.DEVNULL,
-    )
+    flags = [*cache(tmp_path / 'cache'), *crops]
+    run_on_ranks(main, (arguments(home, images, 'two', *flags, '--batch-size', '8'),), tmp_path)
     expected = list(csv.DictReader(live(*crops).splitlines()))
     shutil.rmtree(teacher)
-    read = list(csv.DictReader(run(*cache(tmp_path), *crops).splitlines()))
+    read = list(csv.DictReader(run(*flags).splitlines()))
     assert [row['eval_agreement'] for row in read] == [row['eval_agreement'] for row in expected]
     for before, after in zip(expected, read, strict=True):
         assert float(after['train_loss']) == pytest.approx(float(before['train_loss']), rel=1e-3)
 
 
 def test_crops_that_a_fill_stored_serve_any_batch_size_and_no_other_number_of_crops(
-        tmp_path, home, images, run, teacher, capsys,
+        tmp_path, fill, run, teacher, capsys,
 ):
     flags = [*cache(tmp_path), '--reprob', '0.4', '--teacher-dtype', 'float32']
-    cache_main(['fill', *arguments(home, images, 'crops', *flags, '--crops-per-image', '2', '--batch-size', '4')])
+    fill(*flags, '--crops-per-image', '2', '--batch-size', '4')
     assert [present(tmp_path / f'epoch-000{epoch}.logits') for epoch in (0, 1)] == [NUM_SAMPLES] * 2
     assert 'crops_per_image was 2, is now 3' in refused(
         capsys, run, *flags, '--crops-per-image', '3', '--batch-size', '6')
@@ -274,8 +274,8 @@ def test_a_flag_that_changes_images_or_logits_is_refused(filled, run, tmp_path, 
 
 
 @pytest.mark.parametrize('mixing', [['--mixup', '0.4'], ['--resplit', '--reprob', '0.5']], ids=' '.join)
-def test_rows_that_depend_on_their_batch_belong_to_its_size_and_mixing(tmp_path, home, images, run, capsys, mixing):
-    cache_main(['fill', '--epochs-range', '0', '1', *arguments(home, images, 'mixed', *cache(tmp_path), *mixing)])
+def test_rows_that_depend_on_their_batch_belong_to_its_size_and_mixing(tmp_path, fill, run, capsys, mixing):
+    fill(*cache(tmp_path), *mixing, epochs='0 1')
     others = {'--batch-size 8': 'batches.batch_size was 16'}
     if '--mixup' in mixing:
         others |= {
@@ -329,17 +329,15 @@ def test_a_cache_without_the_teachers_validation_has_it_made(tmp_path, run, live
 
 def test_another_teacher_is_refused_and_rebuild_fills_anew(folder, run, teacher, capsys):
     old = (folder / 'epoch-0000.logits').read_bytes()
-    state = load_file(teacher / 'model.safetensors')
-    state['fc.bias'] += 1.0
-    save_file(state, teacher / 'model.safetensors')
+    change_weights(teacher)
     assert 'teacher.members was' in refused(capsys, run, *cache(folder))
     run(*cache(folder, '--teacher-cache-rebuild'), '--epochs', '1')
     assert (folder / 'epoch-0000.logits').read_bytes() != old
     assert not (folder / 'epoch-0001.logits').exists()
 
 
-def test_a_run_reads_no_epoch_before_its_first(tmp_path, home, images, run, teacher):
-    cache_main(['fill', '--epochs-range', '1', '2', *arguments(home, images, 'second', *cache(tmp_path))])
+def test_a_run_reads_no_epoch_before_its_first(tmp_path, fill, run, teacher):
+    fill(*cache(tmp_path), epochs='1 2')
     shutil.rmtree(teacher)
     assert len(run(*cache(tmp_path), '--start-epoch', '1').splitlines()) == 1 + 1
 
@@ -386,9 +384,7 @@ def test_a_teacher_that_is_there_is_checked_beside_one_that_is_not(tmp_path, run
     run(*flags)
     shutil.rmtree(pair[1])
     run(*flags)
-    state = load_file(pair[0] / 'model.safetensors')
-    state['fc.bias'] += 1.0
-    save_file(state, pair[0] / 'model.safetensors')
+    change_weights(pair[0])
     assert 'teacher.members was' in refused(capsys, run, *flags)
 
 
@@ -402,10 +398,9 @@ def test_a_stored_epoch_cut_short_is_refused(folder, run, capsys):
     assert 'epoch-0000.logits has 9000 bytes' in refused(capsys, run, *cache(folder))
 
 
-def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, home, images, run, live, teacher, capsys):
-    for epoch in (1, 0):  # as two machines would
-        epochs = ['--epochs-range', str(epoch), str(epoch + 1)]
-        cache_main(['fill', *epochs, *arguments(home, images, 'ahead', *cache(tmp_path), *MIXING_ENDS)])
+def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, fill, run, live, teacher, capsys):
+    for epochs in ('1 2', '0 1'):  # as two machines would
+        fill(*cache(tmp_path), *MIXING_ENDS, epochs=epochs)
     expected = live(*MIXING_ENDS)
     shutil.rmtree(teacher)
     assert run(*cache(tmp_path), *MIXING_ENDS) == expected
@@ -415,12 +410,12 @@ def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, home, imag
     assert 'epoch-0001.logits  48 rows (100.0 %)' in shown and '48 an epoch, by position, 10 classes' in shown
 
 
-def test_a_fill_goes_on_at_the_first_row_that_is_absent(filled, folder, home, images, caplog):
+def test_a_fill_goes_on_at_the_first_row_that_is_absent(filled, folder, fill, caplog):
     file = EpochFile(folder / 'epoch-0000.logits', NUM_SAMPLES, 40, writable=True)
     order = ReplayBatchSampler(BatchSampler(ShuffledSampler(range(NUM_SAMPLES), 1, 0), 16, True), seed=5).rows(0, 3)[0]
     file.checksums[order[16 + 5:]] = 0
     file.close()
-    cache_main(['fill', '--epochs-range', '0', '1', *arguments(home, images, 'on', *cache(folder))])
+    fill(*cache(folder), epochs='0 1')
     assert 'Teacher cache: 1 epochs, 32 images' in caplog.text
     assert (folder / 'epoch-0000.logits').read_bytes() == (filled / 'epoch-0000.logits').read_bytes()
 
@@ -429,33 +424,24 @@ def test_a_fill_goes_on_at_the_first_row_that_is_absent(filled, folder, home, im
     ('1 3', 'the flags schedule 2 epochs'), ('1 1', 'holds no epoch'), ('1 0', 'holds no epoch'),
     ('-1 1', 'holds no epoch'),
 ])
-def test_filling_epochs_that_the_flags_do_not_schedule_is_refused(tmp_path, home, images, capsys, epochs, reason):
-    flags = arguments(home, images, 'ahead', *cache(tmp_path))
-    message = refused_command(capsys, 'fill', '--epochs-range', *epochs.split(), *flags)
-    assert f'--epochs-range {epochs}: {reason}' in message
+def test_filling_epochs_that_the_flags_do_not_schedule_is_refused(tmp_path, fill, capsys, epochs, reason):
+    assert f'--epochs-range {epochs}: {reason}' in refused(capsys, fill, *cache(tmp_path), epochs=epochs)
 
 
 def test_filling_ahead_stores_what_a_run_stores_under_amp_and_each_distinct_epoch_once(
-        tmp_path, home, images, run, caplog,
+        tmp_path, fill, run, caplog,
 ):
     flags = '--amp --amp-dtype bfloat16 --teacher-dtype amp --teacher-cache-epochs 1'.split()
     run(*cache(tmp_path / 'run'), *flags)
-    cache_main(['fill', *arguments(home, images, 'ahead', *cache(tmp_path / 'fill'), *flags)])
+    fill(*cache(tmp_path / 'fill'), *flags)
     assert 'Teacher cache: 1 epochs, 48 images' in caplog.text
-    stored = [sorted((tmp_path / name).glob('epoch-*')) for name in ('run', 'fill')]
-    assert [[path.read_bytes() for path in paths] for paths in stored[:1]] == [
-        [path.read_bytes() for path in stored[1]]]
+    by_run, by_fill = (sorted((tmp_path / name).glob('epoch-*')) for name in ('run', 'fill'))
+    assert [path.read_bytes() for path in by_run] == [path.read_bytes() for path in by_fill]
 
 
-def test_a_fill_ends_with_the_room_on_its_disk(tmp_path, home, images, capsys):
-    resource = pytest.importorskip('resource')
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    flags = arguments(home, images, 'ahead', *cache(tmp_path / 'cache'), '--no-teacher-eval')
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192 + 40 * 20, limits[1]))  # what a full disk looks like to a writer
-    try:
-        message = refused_command(capsys, 'fill', *flags, code=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_fill_ends_with_the_room_on_its_disk(tmp_path, fill, capsys):
+    with full_disk(8192 + 40 * 20):
+        message = refused(capsys, fill, *cache(tmp_path / 'cache'), '--no-teacher-eval', code=1)
     assert f'--teacher-cache {tmp_path}/cache' in message and 'the disk is full' in message
     assert 'store less with --teacher-cache-epochs or --teacher-cache-topk' in message
 
@@ -478,8 +464,8 @@ def test_info_shows_teacher_rows_disk_and_key(filled, home, digits_teacher, caps
     assert key['seed'] == 5 and key['images']['input_size'] == [3, 32, 32] and 'rows' not in key
 
 
-def test_info_names_how_many_logits_are_kept_and_takes_no_flags(tmp_path, home, images, capsys):
-    cache_main(['fill', *arguments(home, images, 'k', *cache(tmp_path, '--teacher-cache-topk', '1'), '--epochs', '1')])
+def test_info_names_how_many_logits_are_kept_and_takes_no_flags(tmp_path, fill, capsys):
+    fill(*cache(tmp_path, '--teacher-cache-topk', '1'), '--epochs', '1')
     capsys.readouterr()
     cache_main(['info', str(tmp_path)])
     assert '10 classes as float32, the 1 largest' in capsys.readouterr().out
@@ -600,36 +586,29 @@ def test_info_and_verify_leave_a_file_of_an_odd_name_alone(folder, capsys):
     assert 'epoch-0001.logits  ' in capsys.readouterr().out
 
 
-def pretend(monkeypatch, fast_bfloat16):
-    """Let torch say of this processor that it multiplies bfloat16 fast, or that it does not."""
-    for probe in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
-        monkeypatch.setattr(torch.cpu, probe, lambda: fast_bfloat16)
-
-
 @pytest.mark.parametrize('teachers', [1, 2])
 @pytest.mark.parametrize('filled_fast', [False, True])
 def test_another_kind_of_processor_verifies_a_cache_and_shares_its_fill_in_the_precision_that_it_is_told(
-        tmp_path, home, images, digits_teacher, monkeypatch, capsys, filled_fast, teachers,
+        tmp_path, fill, digits_teacher, pretend, capsys, filled_fast, teachers,
 ):
     here, there = ('bfloat16', 'float32') if filled_fast else ('float32', 'bfloat16')
-    flags = arguments(home, images, 'shared', *cache(tmp_path / 'cache'))
-    flags += ['--teacher', str(digits_teacher)] * (teachers - 1)
-    pretend(monkeypatch, filled_fast)
-    cache_main(['fill', '--epochs-range', '0', '1', *flags])
-    pretend(monkeypatch, not filled_fast)
-    cache_main(['verify', str(tmp_path / 'cache')])
-    message = refused_command(capsys, 'fill', '--epochs-range', '1', '2', *flags)
+    flags = [*cache(tmp_path), *['--teacher', str(digits_teacher)] * (teachers - 1)]
+    pretend(filled_fast)
+    fill(*flags, epochs='0 1')
+    pretend(not filled_fast)
+    cache_main(['verify', str(tmp_path)])
+    message = refused(capsys, fill, *flags, epochs='1 2')
     assert f'in {here}, and --teacher-dtype auto is {there} on this machine' in message
-    cache_main(['fill', '--epochs-range', '1', '2', *flags, *message.partition(': add ')[2].strip(' .\n').split()])
-    assert present(tmp_path / 'cache' / 'epoch-0001.logits') == NUM_SAMPLES // 16 * 16
-    message = refused_command(capsys, 'fill', *flags, '--teacher-dtype', there)
+    fill(*flags, *message.partition(': add ')[2].strip(' .\n').split(), epochs='1 2')
+    assert present(tmp_path / 'epoch-0001.logits') == NUM_SAMPLES // 16 * 16
+    message = refused(capsys, fill, *flags, '--teacher-dtype', there)
     assert f'teacher.dtype was "auto", is now "{there}"' in message
 
 
-def test_a_complete_cache_is_read_on_another_kind_of_processor(tmp_path, run, teacher, monkeypatch):
-    pretend(monkeypatch, True)
+def test_a_complete_cache_is_read_on_another_kind_of_processor(tmp_path, run, teacher, pretend):
+    pretend(True)
     filled = run(*cache(tmp_path / 'cache'))
-    pretend(monkeypatch, False)
+    pretend(False)
     assert run(*cache(tmp_path / 'cache')) == filled
     shutil.rmtree(teacher)
     assert run(*cache(tmp_path / 'cache'), '--teacher-dtype', 'bfloat16') == filled

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import BASE, Run, run_script
+from helpers import BASE, Run, logits_of, percent, run_script, teacher_logits
 from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_data_config
 
-from timm_kd import Teacher
 from timm_kd.train import main
 
 
@@ -35,37 +33,6 @@ def bfloat16_run(digits: Path, digits_teacher: Path, tmp_path_factory: pytest.Te
     flags = (f'--teacher {digits_teacher} --teacher-dtype bfloat16 --lr 1e-3 '
              f'--initial-checkpoint {digits_teacher}/model.safetensors')
     return run_script(flags, digits, tmp_path_factory.mktemp('output'))
-
-
-def logits_of(
-        model: torch.nn.Module,
-        digits: Path,
-        data_config: dict | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a model for the validation images, by default as it came to preprocess them, and their classes."""
-    config = data_config or resolve_data_config({'img_size': 32}, model=model)
-    loader = create_loader(
-        create_dataset('', digits, 'validation', is_training=False),
-        batch_size=32, num_workers=0, device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False,
-        **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')},
-    )
-    with torch.no_grad():
-        answers = [(model.eval()(images), target) for images, target in loader]
-    return tuple(torch.cat(part) for part in zip(*answers, strict=True))
-
-
-def teacher_logits(folder: Path, digits: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What timm's model of the folder answers; in bfloat16, which rounds folded weights otherwise, what ours does."""
-    if dtype == torch.float32:
-        return logits_of(timm.create_model(f'local-dir:{folder}', pretrained=True), digits)
-    config = resolve_data_config({'img_size': 32}, model=timm.create_model('test_resnet'))
-    return logits_of(Teacher(folder, 10, config['mean'], config['std'], dtype='bfloat16'), digits, config)
-
-
-def percent(answers: torch.Tensor, others: torch.Tensor) -> float:
-    """How many rows have their largest logit at a class, or at that of other logits."""
-    others = others.argmax(1) if others.ndim > 1 else others
-    return 100 * (answers.argmax(1) == others).float().mean().item()
 
 
 @pytest.mark.parametrize(('run', 'dtype'), [('nkd_run', torch.float32), ('bfloat16_run', torch.bfloat16)])

@@ -20,7 +20,6 @@ from .process import setup_process
 from .run.log import progress_bar
 from .setup import Setup, count_epochs, evaluate_run_teacher, open_teacher, set_up
 from .teacher_cache import CachedTeacher
-from .teacher_cache.cached_teacher import epoch_rows
 from .teacher_cache.folder import ARGS_FILE, epoch_files, epoch_path, read_precision, read_rows
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class TeacherRun:
 
     def rows(self, epoch: int) -> np.ndarray:
         """Return the numbers of the rows that this rank reads in an epoch, `[N]`."""
-        return epoch_rows(self.setup.data.loader.batch_sampler, self.teacher.by_position, epoch)
+        return self.teacher.folder.epoch_rows(self.setup.data.loader.batch_sampler, epoch)
 
 
 def open_run(argv: list[str], epochs: Sequence[int] | None = None, live: bool = False) -> TeacherRun:
@@ -110,7 +109,7 @@ def fill(argv: list[str], epochs_range: tuple[int, int] | None = None) -> None:
         raise UsageError(f'--epochs-range {epochs_range[0]} {epochs_range[1]}: holds no epoch; the first is 0.')
     run = open_run(argv, None if epochs_range is None else range(*epochs_range))
     with run.teacher:
-        if run.teacher.teacher is not None:
+        if run.teacher.teacher is not None:  # else all rows are there
             _fill(run)
 
 

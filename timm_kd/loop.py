@@ -83,11 +83,10 @@ class Loop:
         """Take up the state of the checkpoint that an exact resume needs beyond timm's."""
         state = self.start.state
         set_ema_random_state(self.task, state.get('ema_random'))
-        rank, world_size = self.process.rank, self.process.world_size
-        restore_rank_state(self.task, state.get('ranks', []), rank, world_size)
+        restore_rank_state(self.task, state.get('ranks', []), self.process)
         if self.start.same_epoch:
             self.first_batch = self._place_in_epoch(state['batch'], state['batches'])
-            self.totals.load_state_dict(restored_totals(state['ranks'], rank, world_size))
+            self.totals.load_state_dict(restored_totals(state['ranks'], self.process))
             if self.lr_scheduler is not None:  # `--sched-on-updates` has moved on inside the epoch
                 updates = self.start.epoch * self._num_updates() + self._num_updates(self.first_batch)
                 self.lr_scheduler.step_update(num_updates=updates)

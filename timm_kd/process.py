@@ -256,12 +256,7 @@ class _Watch:
     """Lets the processes of a run end together: one that fails says so, the others follow with its exit code.
 
     Without it, the others stay in a collective operation with a process that has ended, until they report a lost
-    connection (gloo) or for ten minutes (NCCL).
-
-    Args:
-        store: The store that the processes met in.
-        rank: The number of this process.
-        world_size: Number of processes.
+    connection (gloo) or for ten minutes (NCCL). They hear of each other through the store that they met in.
 
     Attributes:
         of_this_process: The watch of this process, where it is one of several.

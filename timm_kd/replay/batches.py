@@ -17,15 +17,8 @@ class ShuffledSampler(DistributedSampler):
 
     With several crops of each image, as many epochs share one shuffled order. Each takes the next part of it, every
     image of that part with all its crops side by side. `set_epoch(n)` chooses order `n // num_crops`, part `n %
-    num_crops`.
-
-    Args:
-        dataset: The data set.
-        num_replicas: World size.
-        rank: This process.
-        drop_last: Drop what is over (of the images when they are parted, of a part when it is dealt out to the ranks),
-            instead of filling up with the first again.
-        num_crops: Crops M of each image.
+    num_crops`. What is over when the images are parted, and when a part is dealt out to the ranks, is dropped under
+    `drop_last`; else the first come again to fill up.
     """
 
     def __init__(

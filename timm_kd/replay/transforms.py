@@ -24,12 +24,8 @@ class Samples(list):
 class ReplayDataset(Dataset):
     """Map-style dataset that loads a whole batch by its key, each sample under a seed of its own.
 
-    Args:
-        dataset: The data set. With several crops it must apply its attribute `transform`, as timm's and torchvision's
-            do: the crops take this over, and the data set decodes an image once for them.
-        seed: Seed of the run.
-        num_repeats: Copies of a sample that are neighbours in the order (`--aug-repeats`).
-        num_crops: Crops of each image.
+    With several crops of an image, the data set under it must apply its attribute `transform`, as timm's and
+    torchvision's do: the crops take this over, and the data set decodes an image once for them.
     """
 
     def __init__(self, dataset: Dataset, seed: int, num_repeats: int = 1, num_crops: int = 1) -> None:
@@ -43,9 +39,6 @@ class ReplayDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset[index]
-
     def __getitems__(self, key: BatchKey) -> Samples:
         samples = Samples(key)
         with preserved_generators():
@@ -55,7 +48,7 @@ class ReplayDataset(Dataset):
     def _samples(self, key: BatchKey) -> Iterator[tuple]:
         for row, sample in enumerate(key.samples):
             index = sample[0] if isinstance(sample, tuple) else sample
-            # A sample's copies are neighbours in the order, at most num_repeats of them.
+            # The copies of a sample that `--aug-repeats` asks for are neighbours in the order.
             repeat = key.position(row) % self.num_repeats
             seed_generators(derive_seed(self.seed, SAMPLE, key.epoch, index, repeat))
             yield self.dataset[sample]

@@ -218,38 +218,35 @@ def gather_rank_states(state: dict[str, Any], process: Process) -> list[dict[str
     return states
 
 
-def restore_rank_state(task: TrainingTask, states: list[dict[str, Any]], rank: int, world_size: int) -> None:
+def restore_rank_state(task: TrainingTask, states: list[dict[str, Any]], process: Process) -> None:
     """Give a process its random streams and its buffers back.
 
     When the number of processes has changed, all of them keep the buffers of the checkpoint itself, which are those of
     rank 0, and a rank that the checkpoint does not know keeps the random streams that `--seed` gave it.
     """
-    if states and len(states) != world_size:
+    if states and len(states) != process.world_size:
         _logger.warning(
-            f'--resume: the checkpoint is of {len(states)} processes, this run has {world_size}: it goes on from the '
-            'same place, but not as the same run would.')
+            f'--resume: the checkpoint is of {len(states)} processes, this run has {process.world_size}: it goes on '
+            'from the same place, but not as the same run would.')
     elif states:
         buffers = _buffers(task)
-        for name, value in states[rank]['buffers'].items():
+        for name, value in states[process.rank]['buffers'].items():
             if name in buffers:  # an EMA may have been left out since
                 buffers[name].copy_(value)
-    if rank < len(states):
-        set_random_state(states[rank]['random'])
+    if process.rank < len(states):
+        set_random_state(states[process.rank]['random'])
 
 
-def restored_totals(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-    """Return the sums of the epoch that a process goes on with.
-
-    They are its own, or an even share of all when the number of processes has changed.
-    """
+def restored_totals(states: list[dict[str, Any]], process: Process) -> dict[str, Any]:
+    """Return the process's own sums of the epoch; an even share of all when the number of processes has changed."""
     totals = [state['totals'] for state in states]
-    if len(totals) == world_size:
-        return totals[rank]
+    if len(totals) == process.world_size:
+        return totals[process.rank]
     sums = zip(*(each['sums'] for each in totals), strict=True)
     return {
         'names': totals[0]['names'],
-        'sums': [sum(parts) / world_size for parts in sums],
-        'count': sum(each['count'] for each in totals) / world_size,
+        'sums': [sum(parts) / process.world_size for parts in sums],
+        'count': sum(each['count'] for each in totals) / process.world_size,
     }
 
 

@@ -17,8 +17,7 @@ from ..engine import evaluate_teacher
 from ..errors import UsageError, shortened
 from ..process import preserved_random_state
 from ..teacher import Teacher, TeacherEnsemble, create_teacher
-from ..teacher_cache import CachedTeacher, CacheFolder, RowLayout
-from ..teacher_cache.cached_teacher import epoch_rows
+from ..teacher_cache import CachedTeacher, CacheFolder
 from ..teacher_cache.folder import KEY_FILE, precision_of, read_members, read_precision, read_teacher
 from ..teacher_cache.key import Key, OtherKey, fingerprint_dataset, fingerprint_teacher, hash_files
 from .base import Setup
@@ -128,14 +127,10 @@ def _num_predictions(setup: Setup) -> int:
 
 
 def _open_cache(setup: Setup, epochs: Sequence[int], live: bool) -> CachedTeacher:
-    args, process, data = setup.args, setup.process, setup.data
+    """Open the folder of stored logits, and load the live teacher where the run needs a row that is absent."""
+    args, process, sampler = setup.args, setup.process, setup.data.loader.batch_sampler
     _check_supported(setup, epochs)
-    crops = args.crops_per_image
-    by_batch = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
-    count = len(data.loader) * args.batch_size * process.world_size if by_batch else len(data.dataset) // crops * crops
-    layout = RowLayout(args.num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
-    key = _cache_key(setup, by_batch, count)
-    by_position = key['rows']['by'] == 'position'
+    key = _cache_key(setup)
     rebuild = args.teacher_cache_rebuild and not live
     # Whether rows have to be thrown away depends on what the teacher says of itself, too.
     teacher = _create_teacher(setup) if live or rebuild else None
@@ -143,21 +138,16 @@ def _open_cache(setup: Setup, epochs: Sequence[int], live: bool) -> CachedTeache
         folder = CacheFolder(
             args.teacher_cache,
             key,
-            count,
-            layout.row_bytes,
             rebuild=rebuild and process.primary,
             teacher=teacher.fingerprint() if teacher is not None and process.primary else None,
         )
-    wanted = setup.eval_loader is not None and not args.no_teacher_eval
-    validation = _validation_key(setup) if wanted else None
-    sampler = data.loader.batch_sampler
-    cached = partial(
-        CachedTeacher, folder, layout, sampler, by_position, process.device, validation_key=validation,
-    )
+    validates = setup.eval_loader is not None and not args.no_teacher_eval
+    validation = _validation_key(setup) if validates else None
+    cached = partial(CachedTeacher, folder, sampler, process.device, validation_key=validation)
     if live:
         return cached(teacher)
     epochs = sampler.distinct(epochs)
-    complete = folder.covers(epochs, lambda epoch: epoch_rows(sampler, by_position, epoch))
+    complete = folder.covers(sampler, epochs)
     members = read_members(folder.path)
     validated = validation is None or bool(folder.load_validation(validation, _num_predictions(setup)))
     if all(process.gather(complete and validated and members is not None)):
@@ -168,14 +158,7 @@ def _open_cache(setup: Setup, epochs: Sequence[int], live: bool) -> CachedTeache
     if teacher is None:
         teacher = _create_teacher(setup)
         if process.primary:
-            fingerprint = teacher.fingerprint()
-            stored, own = read_precision(folder.path), precision_of(fingerprint)
-            if setup.kd.teacher_dtype == 'auto' and stored not in (None, own):
-                raise UsageError(
-                    f'--teacher-cache {folder.path} was filled by a teacher in {stored}, and --teacher-dtype auto is '
-                    f'{own} on this machine: add --teacher-dtype {stored}.'
-                )
-            folder.claim_teacher(fingerprint)
+            _claim_teacher(setup, folder, teacher.fingerprint())
         process.barrier()
     if process.primary:
         names = 'source', 'model_name', 'num_params'
@@ -184,6 +167,17 @@ def _open_cache(setup: Setup, epochs: Sequence[int], live: bool) -> CachedTeache
             _from_anywhere(setup.args_text),
         )
     return cached(teacher)
+
+
+def _claim_teacher(setup: Setup, folder: CacheFolder, fingerprint: Key) -> None:
+    """Check that the live teacher is the one that filled the folder; name the precision where only `auto` differs."""
+    stored, own = read_precision(folder.path), precision_of(fingerprint)
+    if setup.kd.teacher_dtype == 'auto' and stored not in (None, own):
+        raise UsageError(
+            f'--teacher-cache {folder.path} was filled by a teacher in {stored}, and --teacher-dtype auto is {own} on '
+            f'this machine: add --teacher-dtype {stored}.'
+        )
+    folder.claim_teacher(fingerprint)
 
 
 def _check_supported(setup: Setup, epochs: Sequence[int]) -> None:
@@ -209,9 +203,11 @@ def _check_supported(setup: Setup, epochs: Sequence[int]) -> None:
         )
 
 
-def _cache_key(setup: Setup, by_batch: bool, count: int) -> Key:
+def _cache_key(setup: Setup) -> Key:
     """Collect everything that decides the pixels a row stands for, or the logits of those pixels."""
     args, data_config, data, process = setup.args, setup.data_config, setup.data, setup.process
+    by_batch = data.mixup_active or bool(args.resplit and args.reprob)  # where rows mix or share draws
+    crops = args.crops_per_image
     on_device = args.reprob > 0 and not args.no_aug and not args.no_prefetcher
     key = {
         'versions': {name: version(name).split('+')[0] for name in ('timm', 'torchvision', 'pillow')},
@@ -230,15 +226,17 @@ def _cache_key(setup: Setup, by_batch: bool, count: int) -> Key:
         'teacher': _teacher_key(setup),
         'rows': {
             # With several crops an epoch has few of the images: the position says which, and which crop, in any batch.
-            'by': 'position' if by_batch or args.crops_per_image > 1 else 'sample',
-            'count': count,
+            'by': 'position' if by_batch or crops > 1 else 'sample',
+            'count':
+                len(data.loader) * args.batch_size * process.world_size if by_batch
+                else len(data.dataset) // crops * crops,
             'classes': args.num_classes,
             'dtype': args.teacher_cache_dtype,
             'topk': args.teacher_cache_topk,
         },
     }
-    if args.crops_per_image > 1:
-        key['crops_per_image'] = args.crops_per_image
+    if crops > 1:
+        key['crops_per_image'] = crops
     if by_batch:
         key['batches'] = {'batch_size': args.batch_size, 'world_size': process.world_size}
     if data.mixup_active:

@@ -10,7 +10,6 @@ from torch import nn
 from ..replay import ReplayBatchSampler
 from .epoch_file import EpochFile
 from .folder import CacheFolder
-from .layout import RowLayout
 
 _MAX_PENDING = 2
 
@@ -26,10 +25,7 @@ class CachedTeacher(nn.Module):
 
     Args:
         folder: The cache.
-        layout: How a row is stored.
         batch_sampler: The batch sampler of the replayable training loader.
-        by_position: Rows are numbered by position in the epoch (where rows mix or share draws, or several are of one
-            sample), else by sample index.
         device: Where the logits are wanted.
         teacher: The live teacher; None where all rows are present.
         members: What is known of the single teachers (`source`, `model_name`, `num_params`) where none is live.
@@ -39,9 +35,7 @@ class CachedTeacher(nn.Module):
     def __init__(
             self,
             folder: CacheFolder,
-            layout: RowLayout,
             batch_sampler: ReplayBatchSampler,
-            by_position: bool,
             device: torch.device,
             teacher: nn.Module | None = None,
             members: Sequence[Any] = (),
@@ -49,9 +43,8 @@ class CachedTeacher(nn.Module):
     ) -> None:
         super().__init__()
         self.folder = folder
-        self.layout = layout
+        self.layout = folder.layout
         self.batch_sampler = batch_sampler
-        self.by_position = by_position
         self.device = device
         self.teacher = teacher
         self.members = list(members) if teacher is None else teacher.members
@@ -106,16 +99,13 @@ class CachedTeacher(nn.Module):
             self._pass, self._batch = sampler.num_passes, sampler.start_batch
             if self.folder.writable or self.folder.has_epoch(sampler.epoch):
                 self._file = self.folder.open_epoch(sampler.epoch)
-        return self._rows_of(self._batch)
-
-    def _rows_of(self, batch: int) -> np.ndarray:
-        return self.batch_sampler.rows(batch)[int(self.by_position)]
+        return self.folder.rows(sampler, self._batch)
 
     def _read(self, rows: np.ndarray) -> torch.Tensor:
         buffer = self._copies.buffer((len(rows), self.layout.row_bytes))
         self._file.read(rows, buffer.numpy())
         if self._batch + 1 < len(self.batch_sampler):
-            self._file.prefetch(self._rows_of(self._batch + 1))
+            self._file.prefetch(self.folder.rows(self.batch_sampler, self._batch + 1))
         return self._copies.to_device(buffer)
 
     def _write_arrived(self, wait: bool = False) -> None:
@@ -192,9 +182,3 @@ class HostCopies:
                 event.synchronize()
             self._pending.popleft()
             yield rows, data.numpy()
-
-
-def epoch_rows(batch_sampler: ReplayBatchSampler, by_position: bool, epoch: int) -> np.ndarray:
-    """Return the numbers of all rows that this rank reads in an epoch, `[N]`; sets the sampler to that epoch."""
-    batch_sampler.set_epoch(epoch)
-    return batch_sampler.rows(0, len(batch_sampler))[int(by_position)]

@@ -58,13 +58,7 @@ def _checksums_of(rows: np.ndarray) -> np.ndarray:
 
 
 class EpochFile:
-    """Rows of bytes by number, each present or absent.
-
-    Args:
-        path: The file; made when absent and writable.
-        num_rows: Rows N of the epoch.
-        row_bytes: Bytes of a row.
-        writable: Open for writing too.
+    """N rows of bytes by number, each present or absent; a file that is absent is made if it is to be writable.
 
     Attributes:
         checksums: CRC-32 of the rows, `[N]` uint32, 0 where absent; live while the file is writable.

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 
 from ..errors import UsageError, shortened
 from ..files import open_regular
+from ..replay import ReplayBatchSampler
 from .epoch_file import EpochFile, epoch_file_size, explained
 from .key import Key, OtherKey, claim_key, read_key, temporary_file, write_new
 from .layout import RowLayout
@@ -50,13 +51,14 @@ class CacheFolder:
 
     Args:
         path: The folder; made when absent.
-        key: What decides the logits, nested dicts of JSON types.
-        num_rows: Rows of an epoch.
-        row_bytes: Bytes of a row.
+        key: What decides the logits, nested dicts of JSON types. Its `rows` say how many an epoch has (`count`),
+            whether their numbers are positions in the epoch or indices of samples (`by` 'position' or
+            'sample'), and the arguments of their `RowLayout` (`classes`, `dtype`, `topk`).
         rebuild: Throw away what is stored for another key; what is stored for this one is kept.
         teacher: What the live teacher says of itself, where it is loaded already (see `claim_teacher`).
 
     Attributes:
+        layout: How a row is stored.
         writable: Whether rows can be added.
 
     Raises:
@@ -68,14 +70,14 @@ class CacheFolder:
             self,
             path: Path,
             key: Key,
-            num_rows: int,
-            row_bytes: int,
             rebuild: bool = False,
             teacher: Key | None = None,
     ) -> None:
         self.path = Path(path)
-        self.num_rows = num_rows
-        self.row_bytes = row_bytes
+        rows = key['rows']
+        self.layout = RowLayout(rows['classes'], rows['dtype'], rows['topk'])
+        self.num_rows = rows['count']
+        self._by_position = rows['by'] == 'position'
         self._lock = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -173,26 +175,31 @@ class CacheFolder:
 
     def open_epoch(self, epoch: int) -> EpochFile:
         """Open an epoch's file, which is made where it is absent and the folder writable."""
-        return EpochFile(epoch_path(self.path, epoch), self.num_rows, self.row_bytes, self.writable)
+        return EpochFile(epoch_path(self.path, epoch), self.num_rows, self.layout.row_bytes, self.writable)
 
     def has_epoch(self, epoch: int) -> bool:
         """Tell whether there is a file of an epoch; an empty one was left where there was no room for it."""
         path = epoch_path(self.path, epoch)
         return os.path.lexists(path) and path.lstat().st_size > 0
 
-    def covers(self, epochs: Iterable[int], needed_rows: Callable[[int], np.ndarray]) -> bool:
-        """Tell whether all rows that a run will read are present.
+    def rows(self, batch_sampler: ReplayBatchSampler, batch: int, num_batches: int = 1) -> np.ndarray:
+        """Return the numbers of the rows that batches of the sampler's epoch hold, `[num_batches * B]`."""
+        samples, positions = batch_sampler.rows(batch, num_batches)
+        return positions if self._by_position else samples
 
-        Args:
-            epochs: Epochs of the cache.
-            needed_rows: Returns the numbers of the rows that the run reads in an epoch. It is asked only where some row
-                of the epoch is absent: for a million images the answer takes a twentieth of a second.
-        """
+    def epoch_rows(self, batch_sampler: ReplayBatchSampler, epoch: int) -> np.ndarray:
+        """Return the numbers of all rows that this rank reads in an epoch, `[N]`; sets the sampler to that epoch."""
+        batch_sampler.set_epoch(epoch)
+        return self.rows(batch_sampler, 0, len(batch_sampler))
+
+    def covers(self, batch_sampler: ReplayBatchSampler, epochs: Iterable[int]) -> bool:
+        """Tell whether all rows that this rank reads in some epochs are present; may set the sampler to one of them."""
         for epoch in epochs:
             if not self.has_epoch(epoch):
                 return False
             with closing(self.open_epoch(epoch)) as file:
-                if not (file.checksums.all() or file.has(needed_rows(epoch)).all()):
+                # For a million images it takes a twentieth of a second to say which rows a rank reads.
+                if not (file.checksums.all() or file.has(self.epoch_rows(batch_sampler, epoch)).all()):
                     return False
         return True
 
@@ -207,7 +214,7 @@ class CacheFolder:
                 f"teacher cache '{self.path}' lacks rows of this run and cannot be written: make it writable, or use "
                 'another folder.'
             )
-        size = epoch_file_size(self.num_rows, self.row_bytes)
+        size = epoch_file_size(self.num_rows, self.layout.row_bytes)
         epochs = list(epochs)
         stored = [path for epoch, path in epoch_files(self.path).items() if epoch in epochs]
         # Files have holes where rows are absent: blocks count, not lengths.

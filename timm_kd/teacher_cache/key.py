@@ -30,11 +30,7 @@ class OtherKey(UsageError):
 
 
 def claim_key(path: Path, key: Key) -> None:
-    """Write the key of a new cache, or check that of an old one.
-
-    Args:
-        path: The key's JSON file.
-        key: Nested dict of JSON types; tuples count as lists.
+    """Write the key of a new cache, nested dicts of JSON types, or check that of an old one; tuples count as lists.
 
     Raises:
         OtherKey: The cache was filled for another key (the message names fields, both values and the way out), or its
@@ -119,9 +115,6 @@ def fingerprint_dataset(dataset: Dataset) -> dict[str, Any]:
     File names and classes are hashed, and of files spread over the set the sizes of up to 4096 and the content of up to
     256: reading all of ImageNet to notice a changed pixel would cost as much as an epoch.
 
-    Args:
-        dataset: One of timm's `create_dataset`, or any with a length.
-
     Returns:
         `type`, `count`, and hashes: `files`, `sizes`, `contents`, `targets`, `classes`, each where the data set knows
         them.
@@ -164,11 +157,8 @@ def fingerprint_teacher(spec: str) -> dict[str, Any]:
     Files are hashed. A timm name is described by the file that timm downloads for it, a Hub repository by its name:
     that its weights have changed since is noticed when the teacher is loaded, by `Teacher.fingerprint`.
 
-    Args:
-        spec: A spec of `Teacher`.
-
     Raises:
-        UsageError: It points nowhere.
+        UsageError: The spec points nowhere.
     """
     kind, place = locate(spec)
     if kind == 'file':
