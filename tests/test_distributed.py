@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo) do what one does."""
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import Run, logits_of, percent, run_on_ranks, run_torchrun, teacher_logits
+from helpers import BASE, Run, logits_of, percent, run_on_ranks, run_torchrun, teacher_logits
 from stopped import train_with_signal
 from torch import nn
 
@@ -67,12 +68,10 @@ def test_split_batch_gives_the_loss_and_gradient_of_the_whole(tmp_path):
 
 
 def script_args(digits: Path, teacher: Path, output: Path, teacher_dtype: str = 'float32') -> list[str]:
-    return [
-        str(digits), '--model', 'test_resnet', '--num-classes', '10', '--img-size', '32', '--device', 'cpu',
-        '--teacher', f'local-dir:{teacher}', '--kd-loss', 'nkd', '--batch-size', '8', '--grad-accum-steps', '2',
-        '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--epochs', '2', '--replayable-data',
-        '--teacher-dtype', teacher_dtype, '--output', str(output), '--experiment', 'run',
-    ]
+    return shlex.split(
+        f'{digits} {BASE} --epochs 2 --batch-size 8 --grad-accum-steps 2 --opt sgd --lr 0.05 --replayable-data '
+        f'--teacher local-dir:{teacher} --teacher-dtype {teacher_dtype} --output {output} --experiment run'
+    )
 
 
 @pytest.fixture(scope='module', params=['float32', 'bfloat16'])

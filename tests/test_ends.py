@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers
@@ -19,8 +20,21 @@ from timm_kd.process import get_random_state, set_random_state
 from timm_kd.teacher_cache.__main__ import main as cache_main
 
 
-def command(data: Path, output: Path, flags: str = '', name: str = 'run') -> list[str]:
-    return [str(data), *shlex.split(BASE), '--output', str(output), '--experiment', name, *shlex.split(flags)]
+@pytest.fixture
+def command(digits, tmp_path) -> Callable[..., list[str]]:
+    """The command line of a run."""
+    base = [str(digits), *shlex.split(BASE), '--output', str(tmp_path), '--experiment', 'run']
+    return lambda flags='': [*base, *shlex.split(flags)]
+
+
+@pytest.fixture
+def end_together(tmp_path) -> Callable[..., list[Process]]:
+    """Starts a function in two processes, and waits for both to end with a code."""
+    def end(code: int, function: Callable, *args: object) -> list[Process]:
+        runs = start_on_ranks(function, args, tmp_path / 'printed')
+        assert [run.wait(120) for run in runs] == [code, code], [run.stderr for run in runs]
+        return runs
+    return end
 
 
 def assert_one_line(error: str, *words: str) -> None:
@@ -42,11 +56,10 @@ def train_and_wait(trained, go_on, argv: list[str]) -> None:
 
 
 @pytest.fixture
-def living(digits, tmp_path):
+def living(command, tmp_path):
     """A run that waits after two updates, and what lets it go on."""
     trained, go_on = helpers._context.Event(), helpers._context.Event()
-    argv = command(digits, tmp_path, '--workers 2')
-    run = Process(train_and_wait, (trained, go_on, argv), tmp_path / 'printed')
+    run = Process(train_and_wait, (trained, go_on, command('--workers 2')), tmp_path / 'printed')
     assert trained.wait(120), run.stderr
     yield run, go_on
     run.process.kill()
@@ -122,8 +135,8 @@ def results_of(stdout: str) -> list[int]:
     return [result['epoch'] for result in json.loads(stdout.split('--result\n')[1])['all']]
 
 
-def test_ctrl_c_ends_the_epochs_and_leaves_the_results_so_far(digits, tmp_path):
-    argv = command(digits, tmp_path, '--epochs 3 --workers 2 --push-to-hub me/student')
+def test_ctrl_c_ends_the_epochs_and_leaves_the_results_so_far(command, tmp_path):
+    argv = command('--epochs 3 --workers 2 --push-to-hub me/student')
     run = Process(train_and_interrupt_without_hub, (argv,), tmp_path / 'printed')
     assert run.wait(120) == 0, run.stderr
     assert 'Traceback' not in run.stderr
@@ -138,10 +151,9 @@ def train_and_interrupt_without_hub(argv: list[str]) -> None:
     train_with_signal('update 2', 1, signal.SIGINT, (0,), argv)
 
 
-def test_ctrl_c_that_reaches_one_process_ends_all(digits, tmp_path):
-    argv = command(digits, tmp_path, '--epochs 3 --batch-size 8')
-    runs = start_on_ranks(train_with_signal, ('update 2', 1, signal.SIGINT, (1,), argv), tmp_path / 'printed')
-    assert [run.wait(120) for run in runs] == [0, 0], [run.stderr for run in runs]
+def test_ctrl_c_that_reaches_one_process_ends_all(command, end_together):
+    argv = command('--epochs 3 --batch-size 8')
+    runs = end_together(0, train_with_signal, 'update 2', 1, signal.SIGINT, (1,), argv)
     assert results_of(runs[0].stdout) == [0]
     assert 'Traceback' not in runs[0].stderr + runs[1].stderr
 
@@ -158,17 +170,16 @@ def interrupt_set_up(ranks: tuple[int, ...], argv: list[str]) -> None:
     train.main(argv)
 
 
-def test_ctrl_c_before_training_is_one_line(digits, tmp_path):
-    run = Process(interrupt_set_up, ((0,), command(digits, tmp_path)), tmp_path / 'printed')
+def test_ctrl_c_before_training_is_one_line(command, tmp_path):
+    run = Process(interrupt_set_up, ((0,), command()), tmp_path / 'printed')
     assert run.wait(120) == 130
     assert_one_line(run.stderr, 'interrupted')
     assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('ranks', [(0,), (1,), (0, 1)], ids=str)
-def test_ctrl_c_before_training_ends_all_processes(digits, tmp_path, ranks):
-    runs = start_on_ranks(interrupt_set_up, (ranks, command(digits, tmp_path)), tmp_path / 'printed')
-    assert [run.wait(120) for run in runs] == [130, 130], [run.stderr for run in runs]
+def test_ctrl_c_before_training_ends_all_processes(command, end_together, ranks):
+    runs = end_together(130, interrupt_set_up, ranks, command())
     assert_one_line(runs[0].stderr + runs[1].stderr, 'interrupted')
 
 
@@ -201,8 +212,8 @@ def train_with_stdout(kind: str, marker: Path, argv: list[str]) -> None:
     'closed',
     pytest.param('full', marks=pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')),
 ])
-def test_run_whose_stdout_nobody_reads_pushes_all_the_same(digits, tmp_path, kind):
-    argv = command(digits, tmp_path, '--push-to-hub me/student')
+def test_run_whose_stdout_nobody_reads_pushes_all_the_same(command, tmp_path, kind):
+    argv = command('--push-to-hub me/student')
     run = Process(train_with_stdout, (kind, tmp_path / 'pushed', argv), tmp_path / 'printed')
     assert run.wait(120) == 0, run.stderr
     assert (tmp_path / 'pushed').read_text() == 'me/student'
@@ -226,10 +237,8 @@ def train_with_bad_loss(rank: int, argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_loss_that_is_not_finite_in_one_process_ends_all(digits, tmp_path, rank):
-    argv = command(digits, tmp_path, '--batch-size 8')
-    runs = start_on_ranks(train_with_bad_loss, (rank, argv), tmp_path / 'printed')
-    assert [run.wait(120) for run in runs] == [3, 3], [run.stderr for run in runs]
+def test_loss_that_is_not_finite_in_one_process_ends_all(command, end_together, rank):
+    runs = end_together(3, train_with_bad_loss, rank, command('--batch-size 8'))
     assert_one_line(runs[0].stderr + runs[1].stderr, 'epoch 0, batch 3: loss is not finite')
 
 
@@ -254,19 +263,17 @@ def train_with_teacher(specs: tuple[str, str], argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_teacher_that_one_process_refuses_ends_all(digits, digits_teacher, tmp_path, rank):
+def test_teacher_that_one_process_refuses_ends_all(command, end_together, digits_teacher, tmp_path, rank):
     specs = [f'local-dir:{digits_teacher}'] * 2
     specs[rank] = f'local-dir:{tmp_path}/nowhere'
-    runs = start_on_ranks(train_with_teacher, (specs, command(digits, tmp_path)), tmp_path / 'printed')
-    assert [run.wait(120) for run in runs] == [2, 2], [run.stderr for run in runs]
+    runs = end_together(2, train_with_teacher, specs, command())
     assert_one_line(runs[0].stderr + runs[1].stderr, '--teacher', 'nowhere')
 
 
-def test_checkpoint_that_cannot_be_written_ends_all_processes(digits, tmp_path):
+def test_checkpoint_that_cannot_be_written_ends_all_processes(command, end_together, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'tmp.pth.tar').symlink_to('/dev/full')
-    runs = start_on_ranks(train.main, (command(digits, tmp_path, '--epochs 2'),), tmp_path / 'printed')
-    assert [run.wait(120) for run in runs] == [1, 1], [run.stderr for run in runs]
+    runs = end_together(1, train.main, command('--epochs 2'))
     assert_one_line(runs[0].stderr + runs[1].stderr, 'could not write the checkpoint', '--resume auto')
 
 
@@ -276,9 +283,8 @@ def fail_in_one_process(argv: list[str]) -> None:
     train.main(argv)
 
 
-def test_defect_of_one_process_has_one_traceback(digits, tmp_path):
-    runs = start_on_ranks(fail_in_one_process, (command(digits, tmp_path),), tmp_path / 'printed')
-    assert [run.wait(120) for run in runs] == [1, 1]
+def test_defect_of_one_process_has_one_traceback(command, end_together):
+    runs = end_together(1, fail_in_one_process, command())
     assert 'Traceback' in runs[1].stderr and 'Traceback' not in runs[0].stderr
 
 

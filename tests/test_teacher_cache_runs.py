@@ -393,11 +393,6 @@ def test_an_incomplete_cache_without_its_teacher_is_refused(filled, run, teacher
     assert f'--teacher local-dir:{teacher}' in refused(capsys, run, *cache(filled), '--epochs', '3')
 
 
-def test_a_stored_epoch_cut_short_is_refused(folder, run, capsys):
-    os.truncate(folder / 'epoch-0000.logits', 9000)
-    assert 'epoch-0000.logits has 9000 bytes' in refused(capsys, run, *cache(folder))
-
-
 def test_filling_ahead_leaves_nothing_for_the_teacher_to_do(tmp_path, fill, run, live, teacher, capsys):
     for epochs in ('1 2', '0 1'):  # as two machines would
         fill(*cache(tmp_path), *MIXING_ENDS, epochs=epochs)
@@ -577,13 +572,6 @@ def test_verify_reads_no_flags_through_a_link(folder, tmp_path, capsys):
     (folder / 'args.yaml').rename(tmp_path / 'args.yaml')
     (folder / 'args.yaml').symlink_to(tmp_path / 'args.yaml')
     assert 'args.yaml is a link' in refused_command(capsys, 'verify', folder)
-
-
-def test_info_and_verify_leave_a_file_of_an_odd_name_alone(folder, capsys):
-    (folder / 'epoch-99999999999999999999.logits').write_bytes(b'')
-    for command in ('info', 'verify'):
-        cache_main([command, str(folder)])
-    assert 'epoch-0001.logits  ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('teachers', [1, 2])

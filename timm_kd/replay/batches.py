@@ -76,7 +76,7 @@ class ReplayBatchSampler:
         num_epochs: Distinct epochs, after which the first comes again; None: all are distinct.
 
     Attributes:
-        epoch: The epoch chosen last, the first of those that are the same.
+        epoch: The epoch chosen last, by the number of the first one that has its data.
         start_batch: The first batch of it that is yielded.
         num_passes: How many iterations have begun.
         delivered: Key of the batch that the loader handed out last.
@@ -142,7 +142,7 @@ class ReplayBatchSampler:
         return len(self.batches)
 
     def deliver(self) -> None:
-        """Note that the loader hands out the next of the batches that it was given: loaders read ahead."""
+        """Note that the loader hands out its next batch; having read ahead, it asked for that one some time ago."""
         self.delivered = self._issued.popleft()
 
     def rows(self, batch: int, num_batches: int = 1) -> tuple[np.ndarray, np.ndarray]:

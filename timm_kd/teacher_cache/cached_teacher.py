@@ -29,7 +29,7 @@ class CachedTeacher(nn.Module):
         device: Where the logits are wanted.
         teacher: The live teacher; None where all rows are present.
         members: What is known of the single teachers (`source`, `model_name`, `num_params`) where none is live.
-        validation_key: What the teacher's validation depends on, under which the folder has it; None to make none.
+        validation_key: The key under which the folder keeps the teacher's validation; None where there is none to make.
     """
 
     def __init__(

@@ -149,7 +149,7 @@ class CacheFolder:
             claim_key(self.path / TEACHER_FILE, {'teacher': teacher})
 
     def describe(self, members: list[dict[str, Any]], args_text: str) -> None:
-        """Keep what a run without the teacher says of its members, and the flags to make it again; the first stay."""
+        """Write down the members for runs that load no teacher, and the flags for `verify`, unless they are there."""
         if self.writable:
             write_new(self.path / MEMBERS_FILE, json.dumps({'members': members}, indent=2))
             write_new(self.path / ARGS_FILE, args_text)
@@ -178,7 +178,7 @@ class CacheFolder:
         return EpochFile(epoch_path(self.path, epoch), self.num_rows, self.layout.row_bytes, self.writable)
 
     def has_epoch(self, epoch: int) -> bool:
-        """Tell whether there is a file of an epoch; an empty one was left where there was no room for it."""
+        """Tell whether there is a file of an epoch; an empty one, which a full disk has left, is none."""
         path = epoch_path(self.path, epoch)
         return os.path.lexists(path) and path.lstat().st_size > 0
 
