@@ -192,20 +192,21 @@ class Loop:
     def _save_recovery(self, epoch: int, batches: int, own: dict[str, Any]) -> None:
         """Save where the run stands after the first `batches` of an epoch; after SIGTERM, the run ends here."""
         update_idx, trained = self._num_updates(batches) - 1, batches == len(self.data.loader)
-        ranks = gather_rank_states(own, self.process)
+        state = self._run_state(own)
         if self.saver is not None:
             place = {'batch': batches, 'batches': len(self.data.loader), 'epoch_trained': trained}
-            self.saver.save_recovery(epoch, update_idx, {**self._run_state(ranks), **place})
+            self.saver.save_recovery(epoch, update_idx, {**state, **place})
         if self.stop.agreed:
             self.stop.leave(f'epoch {epoch}, {"validation" if trained else f"update {update_idx}"}')
 
     def _rank_state(self) -> dict[str, Any]:
         return rank_state(self.task, self.totals, self.process)
 
-    def _run_state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    def _run_state(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Return what an exact resume needs beyond timm's state; all processes must call it."""
         return {
             'run_id': self.start.run_id,
-            'ranks': ranks,
+            'ranks': gather_rank_states(own, self.process),
             'ema_random': ema_random_state(self.task),
             'history': self.history,
         }
@@ -223,9 +224,9 @@ class Loop:
             if self.summary is not None:
                 self.log.epoch(self.summary.append(epoch, train_metrics, eval_metrics, self._lr()))
             metric = (eval_metrics or train_metrics)[self.setup.eval_metric]
-        ranks = gather_rank_states(self._rank_state(), self.process)
+        state = self._run_state(self._rank_state())
         if self.saver is not None:
-            self.saver.save_checkpoint(epoch, metric, self._run_state(ranks))
+            self.saver.save_checkpoint(epoch, metric, state)
             if completed in save_epochs:
                 self.saver.save_milestone(completed)
         if self.lr_scheduler is not None:
