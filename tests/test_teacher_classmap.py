@@ -41,22 +41,15 @@ def test_weights_file_has_a_class_count_of_its_own_under_a_map(tmp_path):
     assert teacher(IMAGES).shape == (2, 2)
 
 
-@pytest.mark.parametrize(('name', 'size', 'lacking'), [
-    ('imagenet12k', 11821, 7), ('imagenet21k', 21843, 1), ('imagenet22k', 21841, 1), ('imagenet22k_ms', 21842, 0),
+# found: line numbers, less one, of n01440764 (tench), n02123045 (tabby), n15075141 (toilet tissue) in timm's lists
+@pytest.mark.parametrize(('name', 'size', 'lacking', 'found'), [
+    ('imagenet12k', 11821, 7, [216, 1615, 11804]), ('imagenet21k', 21843, 1, [359, 2397, 21817]),
+    ('imagenet22k', 21841, 1, [359, 2397, 21815]), ('imagenet22k_ms', 21842, 0, [0, 281, 999]),
 ])
-def test_named_map_picks_the_synsets_of_imagenet_1k(name, size, lacking):
+def test_named_map_picks_the_synsets_of_imagenet_1k(name, size, lacking, found):
     indices = load_class_map(name, 1000, size, missing='mask')
     assert indices.count(-1) == lacking and len(set(indices)) == 1000 - max(lacking - 1, 0)
-
-
-# line numbers, less one, of n01440764 (tench), n02123045 (tabby) and n15075141 (toilet tissue) in timm's synset lists
-@pytest.mark.parametrize(('name', 'size', 'expected'), [
-    ('imagenet12k', 11821, [216, 1615, 11804]), ('imagenet21k', 21843, [359, 2397, 21817]),
-    ('imagenet22k', 21841, [359, 2397, 21815]), ('imagenet22k_ms', 21842, [0, 281, 999]),
-])
-def test_named_map_finds_single_classes(name, size, expected):
-    indices = load_class_map(name, 1000, size, missing='mask')
-    assert [indices[c] for c in (0, 281, 999)] == expected
+    assert [indices[c] for c in (0, 281, 999)] == found
 
 
 def test_22k_of_microsoft_begins_with_imagenet_1k():

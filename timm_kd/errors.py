@@ -69,9 +69,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def out_of_range(value: float, **bounds: float) -> str:
     """Return what a number should have been ("a value above 0") if it is not finite or outside of its range, or ''.
 
-    Args:
-        value: The number.
-        **bounds: Its range: `above`, `at_least`, `below`, `at_most`.
+    The bounds of a range are `above`, `at_least`, `below` and `at_most`.
     """
     if not math.isfinite(value):
         return 'a finite number'

@@ -118,12 +118,9 @@ class StepTotals:
 class SkippedSteps:
     """Counts optimizer steps in a row that a loss scaler skipped, without waiting for the device.
 
-    torch's scaler does not call `optimizer.step` when it finds a gradient that is not finite. The `step` of a fused
-    optimizer is always called: the scaler sets the attribute `found_inf` of the optimizer first, and both its kernel
-    and this count read that on the device.
-
-    Args:
-        optimizer: The optimizer, whose `step` is wrapped.
+    The `step` of the optimizer is wrapped. torch's scaler does not call it when it finds a gradient that is not finite.
+    The `step` of a fused optimizer is always called: the scaler sets the attribute `found_inf` of the optimizer first,
+    and both its kernel and this count read that on the device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -156,10 +153,7 @@ class SkippedSteps:
 class AgreementEvaluator(ClassificationEvaluator):
     """timm's evaluator, which also tells how often a model predicts what the teacher predicted.
 
-    Args:
-        expected: The classes that the teacher predicted, `[N]`, for the rows that this evaluator will see, in order.
-        device: Device of the running totals.
-        max_samples: Rows to count; those after it are the padding of a distributed sampler.
+    `expected` are the classes `[N]` that the teacher predicted for the rows that this evaluator will see, in order.
     """
 
     def __init__(self, expected: torch.Tensor, device: torch.device, *, max_samples: int | None = None):

@@ -155,13 +155,10 @@ class Row:
 
 
 def tabulate(groups: list[Group], metric: str = 'eval_top1', baseline: Path | None = None) -> list[Row]:
-    """Compute the figures of each group, best first.
+    """Compute the figures of each group, best first by `metric`, a column of summary.csv.
 
-    Args:
-        groups: The groups.
-        metric: A column of summary.csv, in which the groups are compared and sorted.
-        baseline: A run of the group that the others are compared with. By default each group has its own: the one
-            without distillation that is otherwise equal.
+    All are compared with the group of the run `baseline`; without it, each with the group without distillation that is
+    otherwise equal.
 
     Raises:
         UsageError: If no run has the metric, or the baseline is none of the runs.

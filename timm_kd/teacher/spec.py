@@ -174,11 +174,7 @@ def check_num_classes(
 ) -> None:
     """Refuse a teacher of another class count than the student's, or of none; an unknown count passes.
 
-    Args:
-        source: What the teacher was given as.
-        teacher_classes: Its classes, if known.
-        num_classes: The student's classes; None: not checked.
-        pretrained: What the script's `--model` takes to start from this teacher's weights.
+    `pretrained` is what the script's `--model` takes to start from this teacher's weights.
 
     Raises:
         UsageError: With both counts, and the command that makes a teacher for the student's classes.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import clean_state_dict, get_model_input_config
 from timm.utils import unwrap_model
@@ -21,9 +22,6 @@ from .fast import fold_batch_norms, is_convolutional, resolve_dtype
 from .spec import check_num_classes, load_model, locate
 
 _logger = logging.getLogger(__name__)
-
-# The normalisation of a model without a pretrained config, as timm's own task assumes it.
-_DEFAULT_CFG = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
 class Teacher(nn.Module):
@@ -90,9 +88,8 @@ class Teacher(nn.Module):
             net = load_model(self.source, checked_classes, in_chans, img_size, model, model_kwargs, use_ema)
         net.eval().requires_grad_(False)
         inner = unwrap_model(net)
-        cfg = {**_DEFAULT_CFG, **(getattr(inner, 'pretrained_cfg', None) or {})}
         expects = get_model_input_config(inner)
-        self.model_name = cfg.get('architecture') or type(inner).__name__
+        self.model_name = getattr(inner, 'pretrained_cfg', {}).get('architecture') or type(inner).__name__
         self.num_params = sum(p.numel() for p in net.parameters())
         own_classes = getattr(inner, 'num_classes', None)
         device = torch.device(device) if device is not None else next((p.device for p in net.parameters()), None)
@@ -109,7 +106,7 @@ class Teacher(nn.Module):
         self.dtype_name = dtype
         self.dtype = resolve_dtype(dtype, device or torch.device('cpu'))
         self.channels_last = is_convolutional(net)
-        self.inputs = self._adapter(inner, cfg, expects, in_chans, mean, std, img_size, device)
+        self.inputs = self._adapter(inner, expects, in_chans, mean, std, img_size, device)
         self.model = net
         if fold_bn and dtype != 'amp':
             trial_size = self.inputs.size or expects['input_size'][1:]
@@ -136,7 +133,6 @@ class Teacher(nn.Module):
     def _adapter(
             self,
             inner: nn.Module,
-            cfg: dict[str, Any],
             expects: dict[str, Any],
             in_chans: int,
             mean: Sequence[float] | None,
@@ -145,6 +141,7 @@ class Teacher(nn.Module):
             device: torch.device | None,
     ) -> InputAdapter:
         """Make what happens to the images, from what the built model expects."""
+        data = resolve_model_data_config(inner)  # ImageNet's mean and deviation for a module that is not timm's
         stem = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)  # of a module that is not timm's
         chans = expects['input_size'][0] if hasattr(inner, 'pretrained_cfg') else stem.in_channels if stem else in_chans
         if not can_adapt_channels(in_chans, chans):
@@ -155,16 +152,15 @@ class Teacher(nn.Module):
             if size not in (None, own):
                 raise UsageError(f"`img_size` {size[0]}: teacher '{self.source}' takes {own[0]}x{own[1]} only.")
             size = own
-        if not all(0 < value < math.inf for value in cfg['std']):
+        if not all(0 < value < math.inf for value in data['std']):
             raise UsageError(
-                f"teacher '{self.source}' gives {tuple(cfg['std'])} as the standard deviation of its images, by which "
+                f"teacher '{self.source}' gives {tuple(data['std'])} as the standard deviation of its images, by which "
                 'nothing can be divided: correct it in its config.json, pretrained_cfg or checkpoint.'
             )
-        interpolation = cfg.get('interpolation')
         return InputAdapter(
-            in_chans, mean, std, chans, cfg['mean'], cfg['std'],
+            in_chans, mean, std, chans, data['mean'], data['std'],
             size=size,
-            interpolation=interpolation if interpolation in ('bilinear', 'bicubic') else 'bicubic',
+            interpolation=data['interpolation'] if data['interpolation'] in ('bilinear', 'bicubic') else 'bicubic',
             dtype=self.dtype,
             channels_last=self.channels_last,
             device=device,
