@@ -19,7 +19,6 @@ def _variants(name, loss):
 
 VARIANTS = [variant for name, loss in KD_LOSSES.items() for variant in _variants(name, loss)]
 STANDARDISED = [variant for variant in VARIANTS if variant[1].get('logit_std')]
-NEEDS_TEACHER = [variant for variant in VARIANTS if KD_LOSSES[variant[0]].needs_teacher]
 
 
 def name_of(variant):
