@@ -73,10 +73,6 @@ REFUSED = {
     'pretrained truncated': (
         '--pretrained --pretrained-path {bad}/truncated.pth', '--pretrained-path {bad}/truncated.pth cannot be read',
     ),
-    'pretrained of another model': (
-        '--pretrained --pretrained-path {bad}/vit.pth',
-        '--pretrained-path {bad}/vit.pth does not fit --model test_resnet', 'lacks conv1.0.weight', 'holds cls_token',
-    ),
     'pretrained list': (
         '--pretrained --pretrained-path {bad}/list.pth', '--pretrained-path {bad}/list.pth holds a list',
     ),

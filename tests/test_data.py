@@ -99,13 +99,6 @@ def test_renamed_class_is_refused_with_the_names_of_both_splits(options, root):
     assert 'three in validation alone, 3 in training alone' in message and '--val-split validation' in message
 
 
-def test_renamed_class_ends_the_script_before_training(root, tmp_path):
-    (root / 'train' / '3').rename(root / 'train' / 'three')
-    run = run_script('', root, tmp_path)
-    assert run.exit_code == 2 and not run.folder.exists()
-    assert run.error.count('\n') == 1 and '3 in validation alone, three in training alone' in run.error
-
-
 def rename_case(root: Path) -> None:
     (root / 'train' / '0').rename(root / 'train' / 'zero')
     (root / 'validation' / '0').rename(root / 'validation' / 'Zero')

@@ -151,12 +151,14 @@ def test_validation_lines_hold_the_loss_alone(train_labels):
     ('--num-classes 11', '--num-classes 11'),
     ('--num-classes 11 --target-format multihot', '--target-format'),
     ('--loss-class-weight 1,2,3', '--loss-class-weight 1,2,3: has 3 entries but the model has 12 classes'),
+    ('--loss-pos-weight {weights}', '--loss-pos-weight {weights}: has 3 entries but the model has 12 classes'),
     ('--loss db --class-stats {stats}', '--class-stats {stats}: has 2 entries but the model has 12 classes'),
 ])
 def test_labels_and_weights_of_another_number_are_refused(flags, sentence, tmp_path):
-    stats = tmp_path / 'stats.json'
+    stats, weights = tmp_path / 'stats.json', tmp_path / 'weights.json'
     stats.write_text('{"pos_counts": [1, 2], "num_samples": 4}')
-    flags, sentence = (text.replace('{stats}', str(stats)) for text in (flags, sentence))
+    weights.write_text('{"pos_weight": [1, 2, 3]}')
+    flags, sentence = (text.format(stats=stats, weights=weights) for text in (flags, sentence))
     run = run_script(f'{FLAGS} {flags}', Path(''), tmp_path)
     assert run.exit_code == 2 and sentence in run.error and run.error.count('\n') == 1, run.error
     assert not run.folder.exists()

@@ -69,14 +69,13 @@ _CLASHES = (
 
 # The flags that decide whether timm can make a schedule.
 _SCHEDULE_FLAGS = {
-    **dict.fromkeys(
-        ('cosine', 'tanh', 'poly'), ('epochs', 'cooldown_epochs', 'lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit')),
-    'constant': ('warmup_epochs',),
-    'step': ('decay_epochs', 'decay_rate'),
-    'multistep': ('decay_milestones', 'decay_rate'),
-    'plateau': ('sched_on_updates', 'decay_rate', 'patience_epochs'),
-    'wsd': ('epochs', 'warmup_epochs', 'warmup_prefix', 'decay_epochs'),
-    'rsqrt': ('epochs', 'warmup_epochs', 'warmup_prefix', 'decay_epochs', 'lr_stable_timescale'),
+    **dict.fromkeys(('cosine', 'tanh', 'poly'), 'epochs cooldown_epochs lr_cycle_mul lr_cycle_decay lr_cycle_limit'),
+    'constant': 'warmup_epochs',
+    'step': 'decay_epochs decay_rate',
+    'multistep': 'decay_milestones decay_rate',
+    'plateau': 'sched_on_updates decay_rate patience_epochs',
+    'wsd': 'epochs warmup_epochs warmup_prefix decay_epochs',
+    'rsqrt': 'epochs warmup_epochs warmup_prefix decay_epochs lr_stable_timescale',
 }
 
 
@@ -226,14 +225,14 @@ def _labels(args: argparse.Namespace) -> Iterator[str]:
 def _compiling(args: argparse.Namespace) -> Iterator[str]:
     if args.amp and args.model_dtype not in (None, 'float32'):
         yield f'--model-dtype {args.model_dtype}: AMP keeps the model in float32; leave out this or --amp.'
-    backends = {dest: getattr(args, dest) for dest in ('torchcompile', 'teacher_compile') if getattr(args, dest)}
-    if not backends:
+    compiled = [dest for dest in ('torchcompile', 'teacher_compile') if getattr(args, dest)]
+    if not compiled:
         return
     import torch._dynamo as dynamo  # takes seconds
     known = dynamo.list_backends(None)
-    for dest, backend in backends.items():
-        if backend not in known:
-            yield f'{as_given(dest, backend)}: torch has no such backend{nearest(backend, known)}.'
+    for dest in compiled:
+        if getattr(args, dest) not in known:
+            yield f'{given(args, dest)}: torch has no such backend{nearest(getattr(args, dest), known)}.'
     if args.torchcompile == 'inductor' and args.torchcompile_mode:
         from torch._inductor import list_mode_options
         mode = f'--torchcompile-mode {args.torchcompile_mode}'
@@ -289,7 +288,7 @@ def _schedule(args: argparse.Namespace) -> Iterator[str]:
             if not math.isfinite(optimizer.param_groups[0]['lr']):
                 raise ValueError(f'the learning rate of epoch {epoch} is not finite')
     except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-        flags = _SCHEDULE_FLAGS[args.sched]
+        flags = _SCHEDULE_FLAGS[args.sched].split()
         unset = [flag_name(dest) for dest in flags if not given(args, dest)]
         without = f' without {", ".join(unset)}' if unset else ''
         reason = str(error.args[-1]).rstrip('.') if error.args else type(error).__name__

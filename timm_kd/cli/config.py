@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,12 @@ def load_config(path: str, parser: Parser) -> dict[str, Any]:
 
 def _read(parser: Parser, flag: argparse.Action, value: Any) -> Any:
     """Return what the parser makes of a value; raises `argparse.ArgumentError` as the parser does."""
-    def refuse(reason: str) -> argparse.ArgumentError:
-        return argparse.ArgumentError(flag, reason)
-
+    refuse = partial(argparse.ArgumentError, flag)
     if value is None:
-        if flag.default in (None, '', [], {}) or flag.dest in _NONE_IS_A_VALUE:
-            return None if flag.dest in _NONE_IS_A_VALUE else flag.default
+        if flag.dest in _NONE_IS_A_VALUE:
+            return None
+        if flag.default in (None, '', [], {}):
+            return flag.default
         raise refuse(f'has no value (leave the line out for the default, {flag.default})')
     if isinstance(flag, ParseKwargs):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
