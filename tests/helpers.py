@@ -36,6 +36,7 @@ BASE = (
 )
 NUM_CLASSES, PER_CLASS = 10, 4  # of the fixture `image_folder`
 NUM_SAMPLES = NUM_CLASSES * PER_CLASS
+TIMM_FLAGS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
 STILL = '--opt momentum --lr 1e-30'  # no weight moves: every loss is a function of the batch alone
 
 # The processes of this file are forks of a server that has imported the project once.

@@ -1,14 +1,13 @@
 """The command line: timm's flags as timm has them, and what the flags of distillation resolve to and imply."""
 import inspect
-import json
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import TIMM_FLAGS
 from timm.data import Mixup
 from timm.loss import create_classification_loss, resolve_class_weights
 from timm.utils import ParseKwargs
@@ -17,7 +16,6 @@ from timm_kd.cli import build_parser, parse_args, resolve_kd
 from timm_kd.losses import KD_LOSSES, create_kd_loss
 from timm_kd.version import __version__
 
-TIMM_FLAGS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
 OTHER_DEFAULTS = {'kd_temperature': None, 'decay_epochs': None}
 ACTIONS = {action.dest: action for action in build_parser()._actions}
 KINDS = {'Store': '_StoreAction', 'StoreTrue': '_StoreTrueAction', 'ParseKwargs': 'ParseKwargs'}

@@ -1,5 +1,4 @@
 """YAML config files: checked against the flags, overridden by the command line, and args.yaml read back."""
-import json
 import logging
 import shlex
 from pathlib import Path
@@ -8,13 +7,18 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers import TIMM_FLAGS
 from timm.data import resolve_data_config
 from timm.models import resolve_model_input_args
 
 from timm_kd.cli import parse_args, resolve_kd
 
 RECIPES = Path(__file__).parents[1] / 'hparams'
-TIMM_FLAGS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
+
+
+@pytest.fixture(autouse=True)
+def warnings_alone(caplog):
+    caplog.set_level(logging.WARNING)
 
 
 @pytest.fixture
@@ -118,8 +122,7 @@ def test_empty_file_changes_nothing(parse, tmp_path):
 
 
 def test_unknown_key_is_a_warning_with_the_nearest(parse, caplog):
-    with caplog.at_level(logging.WARNING):
-        args = parse('batch-size: 64\nlearning: 1\n')
+    args = parse('batch-size: 64\nlearning: 1\n')
     assert args.batch_size == 128
     assert 'batch-size: ignored' in caplog.text and 'batch_size' in caplog.text
     assert 'learning: ignored' in caplog.text
@@ -175,8 +178,7 @@ def test_data_folder_of_the_file_is_replaced_by_either_flag(parse, tmp_path):
     ('{kd_model_name: resnet34, kd_loss: tfkd}', "--teacher ''", {'kd_model_name': None, 'teacher': None}),
 ])
 def test_flag_of_the_command_line_replaces_what_the_file_says_of_the_same_thing(parse, caplog, text, argv, values):
-    with caplog.at_level(logging.WARNING):
-        args = parse(text, *shlex.split(argv))
+    args = parse(text, *shlex.split(argv))
     assert {dest: getattr(args, dest) for dest in values} == values
     assert not caplog.records
 
@@ -192,15 +194,13 @@ def test_flag_of_the_command_line_replaces_what_the_file_says_of_the_same_thing(
      ['kd_temperature', 'distill_loss_weight', 'kd_warmup_epochs']),
 ])
 def test_what_describes_a_replaced_schedule_or_teacher_goes_with_it(parse, caplog, text, argv, dests):
-    with caplog.at_level(logging.WARNING):
-        args = parse(text % {'file': __file__}, *shlex.split(argv))
+    args = parse(text % {'file': __file__}, *shlex.split(argv))
     assert not any(getattr(args, dest) for dest in dests)
     assert all(dest in caplog.text for dest in dests)
 
 
 def test_parameters_of_a_replaced_task_loss_go_with_it(parse, caplog):
-    with caplog.at_level(logging.WARNING):
-        args = parse('{loss: poly, poly_epsilon: 1}', '--bce-loss')
+    args = parse('{loss: poly, poly_epsilon: 1}', '--bce-loss')
     assert (args.poly_epsilon, args.loss, args.bce_loss) == (2.0, 'bce', True)
     assert 'bce has none: the poly_epsilon of the config file is left out.' in caplog.text
 
@@ -219,8 +219,7 @@ def test_weights_file_below_the_home_folder_is_a_file(parse, tmp_path, monkeypat
 def test_args_yaml_of_a_run_with_a_teacher_trains_without_it(tmp_path, caplog):
     text = parse_args([str(tmp_path), '--teacher', 'resnet34', '--kd-temperature', '3'])[1]
     (tmp_path / 'args.yaml').write_text(text)
-    with caplog.at_level(logging.WARNING):
-        args = parse_args(['-c', str(tmp_path / 'args.yaml'), '--teacher', ''])[0]
+    args = parse_args(['-c', str(tmp_path / 'args.yaml'), '--teacher', ''])[0]
     assert resolve_kd(args) is None and args == parse_args([str(tmp_path)])[0]
     assert [record.message for record in caplog.records] == [
         'there is no teacher: the kd_temperature of the config file is left out.']
@@ -263,8 +262,7 @@ def test_teachers_of_the_command_line_replace_those_of_the_file(parse, text, arg
 
 
 def test_args_yaml_of_timm_is_known_in_full_and_trains_plainly(parse, timm_args_yaml, caplog):
-    with caplog.at_level(logging.WARNING):
-        args = parse(timm_args_yaml, data=False)
+    args = parse(timm_args_yaml, data=False)
     assert not caplog.records
     assert resolve_kd(args) is None
     assert args.kd_temperature is None
@@ -284,8 +282,7 @@ def test_temperature_of_timm_args_yaml_counts_with_a_teacher(parse, timm_args_ya
 
 def test_parameters_of_a_replaced_loss_go_with_it(parse, caplog):
     recipe = 'kd_loss: nkd\nteacher: resnet34\nkd_gamma: 2\nkd_temperature: 3\n'
-    with caplog.at_level(logging.WARNING):
-        settings = resolve_kd(parse(recipe, '--kd-loss', 'dkd'))
+    settings = resolve_kd(parse(recipe, '--kd-loss', 'dkd'))
     assert (settings.loss, settings.loss_parameters) == ('dkd', {'temperature': 3.0})
     assert 'kd_gamma' in caplog.text
 
@@ -305,8 +302,7 @@ def test_file_comes_before_the_recipe_of_its_name(tmp_path, monkeypatch):
 
 
 def test_config_key_is_not_followed(parse, caplog):
-    with caplog.at_level(logging.WARNING):
-        args = parse('config: other.yaml\nepochs: 3\n')
+    args = parse('config: other.yaml\nepochs: 3\n')
     assert args.epochs == 3
     assert 'config: ignored' in caplog.text
 
@@ -323,6 +319,5 @@ def test_config_key_is_not_followed(parse, caplog):
 def test_own_args_yaml_reads_back_to_the_same_run(tmp_path, caplog, argv):
     args, text = parse_args([str(tmp_path), *argv])
     (tmp_path / 'args.yaml').write_text(text)
-    with caplog.at_level(logging.WARNING):
-        assert parse_args(['--config', str(tmp_path / 'args.yaml')]) == (args, text)
+    assert parse_args(['--config', str(tmp_path / 'args.yaml')]) == (args, text)
     assert not caplog.records

@@ -1,5 +1,4 @@
 """The recipes: each loads, and gives the optimizer, schedule and loss that its paper states."""
-import json
 import logging
 import math
 import re
@@ -10,6 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers import TIMM_FLAGS
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -17,7 +17,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_kd.cli import parse_args, resolve_kd
 
 ROOT = Path(__file__).parents[1]
-TIMM_DESTS = {flag['dest'] for flag in json.loads((ROOT / 'tests/data/timm_train_flags.json').read_text())}
 KEYS = {'kd_loss', 'teacher', 'kd_alpha', 'kd_beta', 'kd_gamma', 'kd_correct_prob', 'kd_warmup_epochs'}
 
 
@@ -109,7 +108,7 @@ def test_all_keys_are_flags_and_but_for_distillation_timms(parse, name, caplog):
         parse(name)
     assert not caplog.records
     keys = set(yaml.safe_load(path_of(name).read_text()))
-    assert keys - TIMM_DESTS <= KEYS and 'kd_model_name' not in keys
+    assert keys - {flag['dest'] for flag in TIMM_FLAGS} <= KEYS and 'kd_model_name' not in keys
     assert ('kd_warmup_epochs' in keys) == ('kd_loss' in keys)  # the loss's own would do, but a reader wants to see it
 
 
