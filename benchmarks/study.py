@@ -24,7 +24,7 @@ from timm_kd.report.runs import read_run
 
 # One at a time, beside the defaults of the loss. Losses take those that they have a knob for.
 GRID = {
-    'temperature': ('1', '2', '4', '8'),
+    'temperature': ('1', '2', '4'),
     'beta': ('0.5', '2', '4'),
     'gamma': ('0.5', '1', '3.5'),
     'logit-std': (None,),
@@ -65,10 +65,11 @@ def main() -> None:
         for settings in [defaults, *grids.values()]:
             study.train('grid', settings, 0, epochs)
         study.wait()
-        best = {loss: max(grids[loss], key=lambda name: study.top1_of('grid', f'{name}-0')) for loss in losses}
-        for seed in range(options.seeds):
-            study.train('train', {best[loss]: dict(grid(loss, options.epochs))[best[loss]] for loss in losses}, seed,
-                        options.epochs)
+        for loss, settings in grids.items():
+            best = max(settings, key=lambda name: study.top1_of('grid', f'{name}-0'))
+            flags = dict(grid(loss, options.epochs))[best]
+            for seed in range(options.seeds):
+                study.train('train', {best: flags}, seed, options.epochs)
         study.wait()
     folders = ['train'] if options.no_grid else ['grid', 'train']
     raise SystemExit(max(
