@@ -172,6 +172,8 @@ def run_dir(tmp_path_factory):
 @pytest.fixture(scope='module')
 def hub():
     with Hub({TOKEN: 'me', READ_TOKEN: 'me'}, read_only=(READ_TOKEN,)) as hub:
+        hub.create('me/public')
+        hub.create('you/theirs')
         yield hub
 
 
@@ -282,25 +284,21 @@ def test_access_is_granted_and_the_repository_waits_empty(hub, client):
     assert set(hub.files('me/early')) == {'.gitattributes'}
 
 
-@pytest.mark.parametrize(('repo_id', 'token', 'message'), [
-    ('me/none', None, 'hf auth login'),
-    ('me/wrong', 'hf_thisTokenIsUnknown', 'does not accept the token'),
-    ('me/readonly', READ_TOKEN, 'the token may not write there'),
-    ('you/student', TOKEN, 'the token may not write there'),
-    ('student', TOKEN, 'OWNER/student'),
-    ('me/a/b', TOKEN, "'me/a/b' is not a repository of the Hub"),
+@pytest.mark.parametrize(('repo_id', 'options', 'message'), [
+    ('me/none', {'token': None}, 'hf auth login'),
+    ('me/wrong', {'token': 'hf_thisTokenIsUnknown'}, 'does not accept the token'),
+    ('me/readonly', {'token': READ_TOKEN}, 'the token may not write there'),
+    ('you/student', {}, 'the token may not write there'),
+    ('you/theirs', {}, 'the token may not write there'),  # although it exists
+    ('me/public', {'private': True}, 'me/public exists and is public'),
+    ('student', {}, 'OWNER/student'),
+    ('me/a/b', {}, "'me/a/b' is not a repository of the Hub"),
 ])
-def test_a_push_that_will_be_refused_is_a_usage_error_before_training(client, repo_id, token, message):
-    error = error_of(client, check, repo_id, token=token)
+def test_a_push_that_will_be_refused_is_a_usage_error_before_training(client, repo_id, options, message):
+    error = error_of(client, check, repo_id, **options)
     assert isinstance(error, UsageError)
     assert message in str(error) and repo_id in str(error) and '\n' not in str(error)
-    assert not token or token not in str(error)
-
-
-def test_a_repository_of_someone_else_is_refused_although_it_exists(hub, client):
-    hub.create('you/theirs')
-    error = error_of(client, check, 'you/theirs')
-    assert isinstance(error, UsageError) and 'the token may not write there' in str(error)
+    assert (options.get('token', TOKEN) or TOKEN) not in str(error)
 
 
 def test_a_hub_that_hangs_up_is_a_usage_error_before_training(hub, client):
@@ -315,12 +313,6 @@ def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub, pushed):
         for folder in ('/lfs/upload', '/api/repos/create')
     )
     assert storage == {False} and True in api
-
-
-def test_a_public_repository_is_refused_where_a_private_one_was_asked_for(hub, client):
-    hub.create('me/public')
-    error = error_of(client, check, 'me/public', private=True)
-    assert isinstance(error, UsageError) and 'me/public exists and is public' in str(error)
 
 
 @pytest.mark.parametrize(('status', 'method', 'path'), [

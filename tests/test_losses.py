@@ -65,16 +65,19 @@ def test_registry_has_the_command_line_names_in_order():
     assert list(KD_LOSSES) == ['kd', 'dkd', 'nkd', 'tfnkd', 'tfkd']
 
 
-@pytest.mark.parametrize(('name', 'parameters', 'weights', 'needs_teacher', 'accepts_teacher'), [
-    ('kd', {'temperature': 4.0, 'logit_std': False}, (1.0, 1.0), True, True),
-    ('dkd', {'temperature': 4.0, 'alpha': 1.0, 'beta': 8.0, 'logit_std': False}, (1.0, 1.0), True, True),
-    ('nkd', {'temperature': 1.0, 'gamma': 1.5, 'logit_std': False}, (1.0, 1.0), True, True),
-    ('tfnkd', {}, (1.0, 1.0), False, False),
-    ('tfkd', {'temperature': 20.0, 'correct_prob': 0.99}, (0.9, 0.1), False, True),
+@pytest.mark.parametrize(('name', 'parameters', 'parts', 'weights', 'needs_teacher', 'accepts_teacher'), [
+    ('kd', {'temperature': 4.0, 'logit_std': False}, (), (1.0, 1.0), True, True),
+    ('dkd', {'temperature': 4.0, 'alpha': 1.0, 'beta': 8.0, 'logit_std': False}, ('tckd', 'nckd'),
+     (1.0, 1.0), True, True),
+    ('nkd', {'temperature': 1.0, 'gamma': 1.5, 'logit_std': False}, ('soft', 'distributed'), (1.0, 1.0), True, True),
+    ('tfnkd', {}, (), (1.0, 1.0), False, False),
+    ('tfkd', {'temperature': 20.0, 'correct_prob': 0.99}, (), (0.9, 0.1), False, True),
 ])
-def test_defaults_and_teachers_are_those_of_the_papers(name, parameters, weights, needs_teacher, accepts_teacher):
+def test_knobs_parts_and_teachers_are_those_of_the_papers(
+        name, parameters, parts, weights, needs_teacher, accepts_teacher):
     loss_class = KD_LOSSES[name]
     assert loss_class.hyper_parameters() == parameters
+    assert loss_class.component_names == parts
     assert (loss_class.default_task_weight, loss_class.default_distill_weight) == weights
     assert (loss_class.needs_teacher, loss_class.accepts_teacher) == (needs_teacher, accepts_teacher)
 

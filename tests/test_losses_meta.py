@@ -14,7 +14,7 @@ from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -107,7 +107,7 @@ def train_step(name, teacher, mixed, opt='adamw', **params):
     return totals
 
 
-def test_reading_a_value_back_is_an_error_on_the_meta_device():
+def test_reading_a_value_back_is_an_error_on_the_meta_device_and_on_a_gpu_that_is_not_there():
     with pytest.raises(RuntimeError):
         bool(torch.empty((), device=META) > 0)
     with pytest.raises(RuntimeError):
@@ -115,6 +115,8 @@ def test_reading_a_value_back_is_an_error_on_the_meta_device():
     torch.empty(3, device=META) + torch.ones(())
     with pytest.raises(AssertionError, match='aten.add.Tensor of cpu and meta'), NoneOfTheHost():
         torch.empty(3, device=META) + torch.ones(())
+    with pytest.raises(DataDependentOutputException), FakeTensorMode():
+        torch.empty((), device='cuda').item()
 
 
 LIVE = ['teacher', 'resized', 'class map', 'ensemble']

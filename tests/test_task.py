@@ -21,13 +21,6 @@ from timm_kd.teacher.adapt import InputAdapter
 CLASSES = 10
 STUDENT_NORM = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 TEACHER_NORM = {'mean': (0.2, 0.4, 0.6), 'std': (0.3, 0.2, 0.1)}
-COMPONENTS = {
-    'kd': [],
-    'dkd': ['tckd', 'nckd'],
-    'nkd': ['soft', 'distributed'],
-    'tfnkd': [],
-    'tfkd': [],
-}
 
 
 def make_teacher(seed: int = 1) -> Teacher:
@@ -119,7 +112,7 @@ def test_kd_trains_step_for_step_like_timms_logit_distillation_on_mixed_batches(
 def test_result_holds_what_timms_loop_reads_and_every_part_of_the_loss(name):
     task = make_task(name, task_loss_weight=0.7, distill_loss_weight=0.4)
     result = task(*digits_batch())
-    assert list(result) == ['loss', 'output', 'task_loss', 'kd_loss', *COMPONENTS[name]]
+    assert list(result) == ['loss', 'output', 'task_loss', 'kd_loss', *KD_LOSSES[name].component_names]
     assert result['output'].shape == (8, CLASSES) and result['loss'].requires_grad
     expected_task_loss = nn.functional.cross_entropy(result['output'], digits_batch()[1])
     torch.testing.assert_close(result['task_loss'], expected_task_loss)

@@ -46,18 +46,14 @@ def assert_answers_as(teacher: Teacher, model: nn.Module) -> None:
     torch.testing.assert_close(teacher(IMAGES), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize('name', [
-    'test_resnet', 'test_efficientnet', 'mobilenetv3_small_050', 'regnetx_002', 'repghostnet_050',
+@pytest.mark.parametrize(('name', 'share_left'), [
+    ('test_resnet', 0), ('test_efficientnet', 0), ('regnetx_002', 0),
+    ('mobilenetv3_small_050', 0.5), ('repghostnet_050', 0.5),
 ])
-def test_folded_teacher_answers_as_its_model_and_keeps_fewer_batch_norms(name):
+def test_folded_teacher_answers_as_its_model_and_keeps_few_batch_norms_or_none(name, share_left):
     teacher, model = Teacher(build(name), 7, dtype='float32'), build(name)
-    assert teacher.folded and len(batch_norms(teacher.model)) < len(batch_norms(model)) / 2
+    assert teacher.folded and len(batch_norms(teacher.model)) <= share_left * len(batch_norms(model))
     assert_answers_as(teacher, model)
-
-
-@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'regnetx_002'])
-def test_no_batch_norm_of_a_plain_convolutional_model_is_left(name):
-    assert not batch_norms(Teacher(build(name), 7).model)
 
 
 def validation_images(digits) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
-from ..errors import LOG_IN, CommandError, ExitCode, UsageError
+from ..errors import LOG_IN, CommandError, ExitCode, UsageError, shortened
 from ..version import __version__
 from .card import Publication
 from .export import export_run, read_finished_run
@@ -151,5 +151,5 @@ def _explain(error: Exception) -> str:
         causes.append(causes[-1].__cause__)
     # The client wraps what happened to an upload in an error that only names the file.
     relevant = causes[:1] if status else dict.fromkeys((causes[0], causes[-1]))
-    reason = '; '.join((' '.join(str(cause).split()) or type(cause).__name__).rstrip('.') for cause in relevant)
+    reason = '; '.join(shortened(cause, most=10_000).rstrip('.') for cause in relevant)
     return _ADVICE.get(status, '') + without_token(reason)
