@@ -87,14 +87,14 @@ def few(names: Iterable[object], most: int = 3) -> str:
 def explain(error: Exception, repo: str) -> str:
     """Say in a sentence why a download from the Hub repository `repo` failed; never with a URL, a header or a token."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__  # the Hub answered, and the client looked into its cache all the same
+        error = error.__cause__  # the Hub's answer, after which the client looked into its cache
     if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
         return f'{repo} is gated: accept its terms on the Hub, then {LOG_IN}'
     if isinstance(error, RepositoryNotFoundError):
         return f'there is no {repo} on the Hub, or it is private: {LOG_IN}'
     if isinstance(error, RevisionNotFoundError):
         return f'{repo} has no such revision'
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):  # before EntryNotFoundError, likewise
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):  # the first is an EntryNotFoundError
         return f'the Hub cannot be reached and {repo} is not in the local cache: download it once with a network'
     if isinstance(error, EntryNotFoundError):
         return f'{repo} is not a timm model: it lacks config.json or weights'

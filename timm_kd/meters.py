@@ -51,7 +51,7 @@ class StepTotals:
             batch_idx: int,
             samples: int,
     ) -> None:
-        """Add a batch: `loss` of it, divided by `divisor` for accumulation, the other scalars from `result`."""
+        """Add a batch: its `loss`, which accumulation divided by `divisor`, and the other scalars of `result`."""
         names = ('loss', *(name for name in result if name not in ('loss', 'output')))
         if not self.names:
             self._start(names)
@@ -100,7 +100,7 @@ class StepTotals:
         bad = {name: batch for name, batch in zip(self.names, first_bad, strict=True) if batch < never}
         if not bad or (allowed_in_a_row and -bad_in_a_row < allowed_in_a_row):
             return
-        # Sums come after their parts: the last name with the smallest batch index is the most specific one.
+        # Parts come after their sum: the last name with the smallest batch index is the most specific one.
         component = min(reversed(bad), key=bad.get)
         raise NonFiniteLoss(epoch, bad[component], f'{component} is not finite')
 

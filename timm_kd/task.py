@@ -82,7 +82,7 @@ class KDTask(ClassificationTask):
     def _apply(self, fn: Callable, *args, **kwargs) -> 'KDTask':
         super()._apply(fn, *args, **kwargs)
         if isinstance(self.teacher, nn.Module):
-            self.teacher.to(device=self.device)  # its precision is its own
+            self.teacher.to(device=self.device)  # not to the dtype: the teacher has a precision of its own
         return self
 
     def set_epoch(self, epoch: int) -> None:

@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)
 CONFIG = 'digits_demo'  # a recipe that ships with the package
 TEACHER_MODEL, STUDENT_MODEL = 'test_resnet', 'test_efficientnet'
 BASELINE = 'cross-entropy'
-# Flags of the teacher beyond the recipe of the students.
+# Where the teacher's training differs from the recipe, which is that of the students.
 TEACHER_FLAGS = '--model', TEACHER_MODEL, '--train-split', 'train', '--batch-size', '50', '--epochs', '12'
 
 

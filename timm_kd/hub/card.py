@@ -24,7 +24,7 @@ _DEIT = """@inproceedings{touvron2021training,
 }"""
 _HEADS = r'\\(z_d\\) the logits of the distillation head, \\(z_t\\) those of the teacher, \\(p\\) their softmax'
 
-# What timm's own distillation tasks compute, by the name and, for token, the type of distillation.
+# What timm's own distillation tasks compute, by `kd_distill_type` and `kd_token_distill_type`.
 _TIMM_TASKS = {
     ('feature', None): Paper(
         title='Feature distillation, as timm has it',
@@ -204,7 +204,7 @@ def _hub_id(source: str | None) -> str | None:
 
 
 def _escape(text: str) -> str:
-    """Return text in which neither Markdown nor HTML sees a sign of its own."""
+    """Return text with each sign that Markdown or HTML could take for its own as an entity."""
     return ''.join(sign if sign.isalnum() or sign in ' ./:@=+,-_' else f'&#{ord(sign)};' for sign in text)
 
 

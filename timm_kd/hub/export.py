@@ -86,7 +86,7 @@ def _load_student(run: Run, checkpoint: Path) -> nn.Module:
 
 
 def _draw_curves(run: Run, path: Path) -> bool:
-    """Draw loss, accuracy and agreement over the epochs; return whether there is anything to draw, and matplotlib."""
+    """Draw loss, accuracy and agreement over the epochs; return False if there is nothing to draw, or no matplotlib."""
     try:
         figure = draw_curves([Group([run], run.record['student']['model'])], _CURVES, clock=False)
     except ImportError:

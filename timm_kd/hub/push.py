@@ -131,7 +131,7 @@ def _client() -> HfApi:
 
 def _open_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
     """Create what does not exist yet, and ask for the right to write; the client's errors pass through."""
-    # Where it is not asked for, an organization's own default decides.
+    # Without `private`, the default of an organization decides.
     api.create_repo(repo_id, exist_ok=True, **({'private': True} if private else {}))
     if private and not api.model_info(repo_id).private:
         raise PermissionError(f'{repo_id} exists and is public: make it private in its settings, or name another')

@@ -206,7 +206,7 @@ class DistillationLoss(nn.Module):
         """
         self._check_logits(student_logits, teacher_logits)
         device_type = student_logits.device.type
-        in_transform = torch._C._are_functorch_transforms_active()  # what autograd.Function asks too; no public name
+        in_transform = torch._C._are_functorch_transforms_active()  # as autograd.Function asks; no public name
         may_look = device_type == 'cpu' and not in_transform and not torch.compiler.is_compiling()
         no_gradient = not (student_logits.requires_grad and torch.is_grad_enabled())
         autocast = torch.amp.is_autocast_available(device_type)  # not on the meta device

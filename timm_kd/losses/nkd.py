@@ -70,7 +70,7 @@ class NKDLoss(DistillationLoss):
             gradient.mul_(gamma + pull).addcmul_(teacher_split.rest.probs, gamma, value=-1)
         else:
             gradient.sub_(teacher_split.rest.probs).mul_(gamma)
-            del teacher_split  # likewise
+            del teacher_split  # the same softmax takes its memory
             if self.logit_std:
                 gradient = standardize_backward_(gradient, student)
             log_p_teacher, _ = _log_target(soften_teacher(teacher, 1.0), labels)

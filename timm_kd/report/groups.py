@@ -17,9 +17,9 @@ _WITHOUT_EFFECT = frozenset((
     'wandb_tags', 'wandb_resume_id', 'log_tensorboard', 'push_to_hub', 'hub_private', 'hub_license', 'hub_revision',
     'no_teacher_eval', 'teacher_cache', 'teacher_cache_rebuild',
 ))
-# Flags that say whether a run distils, and beginnings of those that act in distillation alone; `--teacher-cache`
-# switches `replayable_data` on.
+# Flags that say whether a run distils.
 _DISTILLING = 'kd_loss', 'teacher', 'kd_model_name'
+# Beginnings of the flags that act in distillation alone; `--teacher-cache` switches `replayable_data` on.
 _OF_DISTILLATION = 'kd_', 'teacher', 'task_loss_weight', 'distill_loss_weight', 'replayable_data'
 
 

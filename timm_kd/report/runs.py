@@ -81,7 +81,7 @@ class Run:
 
 
 def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
-    """Read the runs in some folders: each is that of a run, or holds such.
+    """Read the runs in some folders, each of which is the folder of a run or holds such folders.
 
     Returns:
         The runs in the order of their paths, and a sentence on each folder that could not be read.

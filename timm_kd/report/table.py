@@ -42,7 +42,7 @@ def csv_table(rows: list[Row]) -> str:
 
 
 def html_page(rows: list[Row], path: Path, title: str, note: str, problems: list[str], svg: str | None) -> str:
-    """Return one page without scripts or styles from elsewhere. It will lie at `path`, where its links start."""
+    """Return a page that needs nothing from elsewhere; its links to the runs are relative to its `path`."""
     head, cells = _table(rows)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -69,7 +69,7 @@ def _table(rows: list[Row], every_figure: bool = False) -> tuple[list[str], list
     cells = []
     for row in rows:
         group = row.group
-        # A group that no flag tells from the others, or that has none (it died early), goes by its label.
+        # A group without flags to show (no group differs in any, or it ended before it wrote them) goes by its label.
         told = [*group.different.values()] if group.settings and group.different else [group.label]
         told += [''] * (len(flags) - len(told))
         cells.append([*told, len(group.runs), group.state, *(row.figures[name] or '' for name in figures)])

@@ -86,7 +86,7 @@ def _with_weights(name: str) -> str:
     """Return a timm name for which timm has weights: the name itself, or the successor of a retired one."""
     arch = get_arch_name(name)
     if name == arch and name not in list_models():
-        cfg = create_model(name).pretrained_cfg  # timm's factory alone knows the successors
+        cfg = create_model(name).pretrained_cfg  # only timm's factory knows the successor of a name
         return f'{cfg["architecture"]}.{cfg["tag"]}'
     try:
         cfg = get_pretrained_cfg(name)

@@ -140,7 +140,7 @@ class Teacher(nn.Module):
             img_size: int | tuple[int, int] | None,
             device: torch.device | None,
     ) -> InputAdapter:
-        """Make what happens to the images, from what the built model expects."""
+        """Make the adapter of the images, from what the built model expects."""
         data = resolve_model_data_config(inner)  # ImageNet's mean and deviation for a module that is not timm's
         stem = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)  # of a module that is not timm's
         chans = expects['input_size'][0] if hasattr(inner, 'pretrained_cfg') else stem.in_channels if stem else in_chans
@@ -202,7 +202,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what the head of a timm model makes its logits of: its pooled features before the last layer.
+        """Return the pooled features of a timm model, of which its last layer makes the logits.
 
         Args:
             images: `[B, in_chans, H, W]` as the student gets them; never modified.
@@ -216,7 +216,7 @@ class Teacher(nn.Module):
         return self._answer(self._features, images)
 
     def _answer(self, compute: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-        """Ask the model in its own precision, compiled where it is to be."""
+        """Compute in the model's own precision, and compiled if that was asked for."""
         device_type = _pixels(images).device.type
         autocast = self.dtype_name != 'amp' and torch.amp.is_autocast_available(device_type)  # not on the meta device
         own_precision = torch.autocast(device_type, enabled=False) if autocast else nullcontext()
@@ -231,7 +231,7 @@ class Teacher(nn.Module):
 
     def _compiled_answer(self, compute: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         try:
-            from torch._inductor import config  # takes seconds, and a machine may lack what it needs
+            from torch._inductor import config  # an import of seconds, which fails where inductor cannot work
             if compute not in self._compiled:
                 self._compiled[compute] = torch.compile(compute, **self._compile_options)
             # Freezing makes the weights constants of the code that inductor generates.
