@@ -73,12 +73,17 @@ def save_digit(image: torch.Tensor, path: Path) -> None:
     picture.convert('RGB').save(path)
 
 
-def logits_of(model: nn.Module, digits: Path, data_config: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of(
+        model: nn.Module,
+        digits: Path,
+        data_config: dict | None = None,
+        batch_size: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits of a model for the validation images, preprocessed as it asks for by default, and their classes."""
     config = data_config or resolve_data_config({'img_size': 32}, model=model)
     loader = create_loader(
-        create_dataset('', digits, 'validation', is_training=False),
-        batch_size=32, num_workers=0, device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False,
+        create_dataset('', digits, 'validation', is_training=False), batch_size=batch_size, num_workers=0,
+        device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False,
         **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')},
     )
     with torch.no_grad():
@@ -86,12 +91,17 @@ def logits_of(model: nn.Module, digits: Path, data_config: dict | None = None) -
     return tuple(torch.cat(part) for part in zip(*answers, strict=True))
 
 
-def teacher_logits(folder: Path, digits: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def teacher_logits(
+        folder: Path,
+        digits: Path,
+        dtype: torch.dtype,
+        batch_size: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what timm's model of a folder answers; in bfloat16, where ours rounds folded weights, what ours does."""
     if dtype == torch.float32:
-        return logits_of(timm.create_model(f'local-dir:{folder}', pretrained=True), digits)
+        return logits_of(timm.create_model(f'local-dir:{folder}', pretrained=True), digits, batch_size=batch_size)
     config = resolve_data_config({'img_size': 32}, model=timm.create_model('test_resnet'))
-    return logits_of(Teacher(folder, 10, config['mean'], config['std'], dtype='bfloat16'), digits, config)
+    return logits_of(Teacher(folder, 10, config['mean'], config['std'], dtype='bfloat16'), digits, config, batch_size)
 
 
 def percent(answers: torch.Tensor, others: torch.Tensor) -> float:

@@ -96,8 +96,8 @@ def test_metrics_over_ranks_are_those_of_one_process(two_process_run, digits_tea
     data, results = two_process_run.folder.parent / 'digits', two_process_run.result
     student = timm.create_model('test_resnet', num_classes=10)
     student.load_state_dict(two_process_run.checkpoint()['state_dict_ema'])
-    logits, classes = logits_of(student, data)
-    teacher, _ = teacher_logits(digits_teacher, data, teacher_dtype)
+    logits, classes = logits_of(student, data, batch_size=8)
+    teacher, _ = teacher_logits(digits_teacher, data, teacher_dtype, batch_size=8)  # as the run
     validation = results['all'][-1]['validation']
     assert validation['top1'] == pytest.approx(percent(logits, classes), abs=1e-9)
     assert results['teacher'][0]['top1'] == pytest.approx(percent(teacher, classes), abs=1e-9)

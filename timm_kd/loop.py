@@ -37,19 +37,10 @@ SKIPPED_STEPS_ALLOWED = 10
 
 @dataclass
 class Loop:
-    """A run in progress.
+    """A run in progress. Its task is wrapped for its ranks; only the primary one has a saver and a summary.
 
     Args:
         setup: The set-up: data, how a batch becomes an update, and the flags of the epochs.
-        start: Where the run starts.
-        task: The task, wrapped for its ranks.
-        optimizer: Its optimizer.
-        epochs: The epochs to train.
-        log: Where reports go.
-        loss_scaler: timm's, under float16 AMP.
-        lr_scheduler: timm's, or None.
-        saver: On the primary rank.
-        summary: On the primary rank.
         teacher_predictions: The teacher's classes on the validation set, `[N]`.
         on_epoch: Called after each epoch with its `epoch`, its `seconds`, those of its training (`train_seconds`) and
             the number of `images` that all processes trained on.

@@ -25,12 +25,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Process:
-    """One of the processes of a run.
+    """One of the processes of a run: its device, its number among them, and how many there are.
 
     Args:
-        device: The device that it computes on.
-        rank: Its number among the processes of the run.
-        world_size: Number of processes.
         group: The processes as a gloo group, whatever backend the devices use; None for a process alone. It has no
             timeout that a download or a scan of the data could exceed.
     """
