@@ -70,14 +70,7 @@ def train_with_signal(place: str, epoch: int, number: int, ranks: tuple[int, ...
 
 
 class Runs:
-    """Runs of one command, each of one or several processes, in one output folder, by the names of their experiments.
-
-    Args:
-        digits: The images.
-        output: The folder.
-        flags: Further flags of all runs.
-        world_size: Processes of a run.
-    """
+    """Runs of one command in one output folder, by the names of their experiments, each in as many processes."""
 
     def __init__(self, digits: Path, output: Path, flags: str, world_size: int = 1):
         self.output = output
@@ -100,7 +93,8 @@ class Runs:
 
     def stop(self, name: str, place: str, number: int = signal.SIGTERM, **options) -> None:
         """Start a run and have all of its processes stopped by a signal."""
-        runs, code = self.start(name, place, number, **options), 143 if number == signal.SIGTERM else -number
+        runs = self.start(name, place, number, **options)
+        code = 143 if number == signal.SIGTERM else -number
         assert [run.wait(300) for run in runs] == [code] * len(runs), [run.stderr for run in runs]
 
     def finish(self, name: str) -> Process:
