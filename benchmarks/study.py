@@ -3,10 +3,10 @@
     python benchmarks/study.py DATA --teacher local-dir:TEACHER --out DIR [--seeds 3] [--epochs 30] \\
         [--grid-epochs 15] [-- MORE FLAGS]
 
-The grid is trained with the first seed, into DIR/grid; the best setting of each loss there is then trained as the
-defaults were, into DIR/train. A study can be stopped and started again: runs that are done are left as they are. The
-teacher's logits are computed once for each seed and read by all losses. The results are the reports of `python -m
-timm_kd.report` on the two folders.
+The grid is trained with the first seed; the best setting of each loss there, with all of them. With `--grid-epochs` its
+runs, and the defaults beside them, are of that length and go into DIR/grid, the others into DIR/train. A study can be
+stopped and started again: runs that are done are left as they are. The teacher's logits are computed once for each seed
+and read by all losses. The results are the reports of `python -m timm_kd.report` on the folders.
 """
 import argparse
 import os
@@ -59,19 +59,21 @@ def main() -> None:
     for seed in range(options.seeds):  # a study that is stopped has compared all losses on the seeds so far
         study.train('train', defaults, seed, options.epochs)
     study.wait()
+    folders = ['train']
     if not options.no_grid:
-        epochs = options.grid_epochs or options.epochs
+        folder, epochs = ('grid', options.grid_epochs) if options.grid_epochs else ('train', options.epochs)
         grids = {loss: dict(grid(loss, epochs)) for loss in losses}
         for settings in [defaults, *grids.values()]:
-            study.train('grid', settings, 0, epochs)
+            study.train(folder, settings, 0, epochs)
         study.wait()
-        for loss, settings in grids.items():
-            best = max(settings, key=lambda name: study.top1_of('grid', f'{name}-0'))
-            flags = dict(grid(loss, options.epochs))[best]
-            for seed in range(options.seeds):
-                study.train('train', {best: flags}, seed, options.epochs)
+        best = {}
+        for settings in grids.values():
+            name = max(settings, key=lambda name: study.top1_of(folder, f'{name}-0'))
+            best[name] = settings[name]
+        for seed in range(1, options.seeds):
+            study.train(folder, {**best, **defaults}, seed, epochs)
         study.wait()
-    folders = ['train'] if options.no_grid else ['grid', 'train']
+        folders = sorted({'train', folder})
     raise SystemExit(max(
         report([str(options.out / folder), '--html', str(options.out / f'{folder}.html')]) for folder in folders
     ))
@@ -118,6 +120,8 @@ class Study:
 
     def _run(self, folder: str, experiment: str, flags: list[str], seed: int, epochs: int) -> None:
         options = self.options
+        if read_run(options.out / folder / experiment).state == 'done':
+            return
         words = [
             sys.executable, 'train_kd.py', options.data, '--model', options.student,
             '--num-classes', options.num_classes, *shlex.split(STUDENT),
