@@ -22,7 +22,7 @@ from timm_kd.report.__main__ import main as report
 from timm_kd.report.groups import last
 from timm_kd.report.runs import read_run
 
-# One at a time, beside the defaults of the loss. Losses take those that they have a knob for.
+# One at a time, beside the defaults of a loss with a teacher, which takes those that it has a knob for.
 GRID = {
     'temperature': ('1', '2', '4'),
     'beta': ('0.5', '2', '4'),
@@ -55,7 +55,7 @@ def main() -> None:
     end = words.index('--') if '--' in words else len(words)
     study = Study(parser.parse_args(words[:end]), words[end + 1:])
     options, losses = study.options, study.options.losses
-    defaults = {'cross-entropy': [], **{loss: ['--kd-loss', loss] for loss in losses}}
+    defaults = {**{loss: ['--kd-loss', loss] for loss in losses}, 'cross-entropy': []}
     for seed in range(options.seeds):  # a study that is stopped has compared all losses on the seeds so far
         study.train('train', defaults, seed, options.epochs)
     study.wait()
@@ -82,7 +82,7 @@ def main() -> None:
 def grid(loss: str, epochs: int) -> Iterable[tuple[str, list[str]]]:
     """Yield name and flags of each setting of a loss beside its defaults, for a run of `epochs`."""
     kd_loss, base = KD_LOSSES[loss], ['--kd-loss', loss]
-    own = kd_loss.hyper_parameters()
+    own = kd_loss.hyper_parameters() if kd_loss.needs_teacher else {}
     for knob, values in GRID.items():
         default = own.get(knob.replace('-', '_'), ...)
         for value in values if default is not ... else ():
