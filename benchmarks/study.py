@@ -9,14 +9,14 @@ stopped and started again: runs that are done are left as they are. The teacher'
 and read by all losses. The results are the reports of `python -m timm_kd.report` on the folders.
 """
 import argparse
-import os
+import itertools
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+from timm_kd.demo.__main__ import train
 from timm_kd.losses import KD_LOSSES
 from timm_kd.report.__main__ import main as report
 from timm_kd.report.groups import last
@@ -53,26 +53,23 @@ def main() -> None:
     parser.add_argument('--no-grid', action='store_true', help='the losses at their defaults alone')
     words = sys.argv[1:]
     end = words.index('--') if '--' in words else len(words)
-    study = Study(parser.parse_args(words[:end]), words[end + 1:])
-    options, losses = study.options, study.options.losses
-    defaults = {**{loss: ['--kd-loss', loss] for loss in losses}, 'cross-entropy': []}
-    for seed in range(options.seeds):  # a study that is stopped has compared all losses on the seeds so far
-        study.train('train', defaults, seed, options.epochs)
-    study.wait()
+    options = parser.parse_args(words[:end])
+    stage = partial(train_missing, options, words[end + 1:])
+    defaults = {**{loss: ['--kd-loss', loss] for loss in options.losses}, 'cross-entropy': []}
+    stage('train', options.epochs, defaults, seeds=range(options.seeds))
     folders = ['train']
     if not options.no_grid:
         folder, epochs = ('grid', options.grid_epochs) if options.grid_epochs else ('train', options.epochs)
-        grids = {loss: dict(grid(loss, epochs)) for loss in losses}
-        for settings in [defaults, *grids.values()]:
-            study.train(folder, settings, 0, epochs)
-        study.wait()
+        grids = {loss: dict(grid(loss, epochs)) for loss in options.losses}
+        every = dict(defaults)
+        for settings in grids.values():
+            every.update(settings)
+        stage(folder, epochs, every, seeds=[0])
         best = {}
         for settings in grids.values():
-            name = max(settings, key=lambda name: study.top1_of(folder, f'{name}-0'))
+            name = max(settings, key=lambda name: last('eval_top1')(read_run(options.out / folder / f'{name}-0')))
             best[name] = settings[name]
-        for seed in range(1, options.seeds):
-            study.train(folder, {**best, **defaults}, seed, epochs)
-        study.wait()
+        stage(folder, epochs, {**best, **defaults}, seeds=range(1, options.seeds))
         folders = sorted({'train', folder})
     raise SystemExit(max(
         report([str(options.out / folder), '--html', str(options.out / f'{folder}.html')]) for folder in folders
@@ -95,50 +92,30 @@ def grid(loss: str, epochs: int) -> Iterable[tuple[str, list[str]]]:
         yield f'{loss}-weight-{weight}', [*base, '--distill-loss-weight', weight]
 
 
-class Study:
-    """The runs of one study, two at a time where there are two cores."""
-
-    def __init__(self, options: argparse.Namespace, further: list[str]):
-        self.options = options
-        self.further = further
-        self.pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
-        self.runs = []
-
-    def train(self, folder: str, settings: dict[str, list[str]], seed: int, epochs: int) -> None:
-        """Queue a run of each setting (name -> flags)."""
-        for name, flags in settings.items():
-            self.runs.append(self.pool.submit(self._run, folder, f'{name}-{seed}', flags, seed, epochs))
-
-    def wait(self) -> None:
-        """Wait for what is queued; the first run that failed ends the study."""
-        for run in self.runs:
-            run.result()
-
-    def top1_of(self, folder: str, experiment: str) -> float:
-        """Return the last top-1 of a run."""
-        return last('eval_top1')(read_run(self.options.out / folder / experiment))
-
-    def _run(self, folder: str, experiment: str, flags: list[str], seed: int, epochs: int) -> None:
-        options = self.options
+def train_missing(
+        options: argparse.Namespace,
+        further: list[str],
+        folder: str,
+        epochs: int,
+        settings: dict[str, list[str]],
+        seeds: Iterable[int],
+) -> None:
+    """Train each setting (name -> flags) with each seed, seed by seed, where that is not done yet."""
+    commands = {}
+    for seed, (name, flags) in itertools.product(seeds, settings.items()):
+        experiment = f'{name}-{seed}'
         if read_run(options.out / folder / experiment).state == 'done':
-            return
-        words = [
+            continue
+        commands[experiment] = [
             sys.executable, 'train_kd.py', options.data, '--model', options.student,
             '--num-classes', options.num_classes, *shlex.split(STUDENT),
             '--epochs', str(epochs), '--seed', str(seed), '--replayable-data', *flags,
-            '--output', str(options.out / folder), '--experiment', experiment, '--resume', 'auto', *self.further,
+            '--output', str(options.out / folder), '--experiment', experiment, '--resume', 'auto', *further,
         ]
         if '--kd-loss' in flags and KD_LOSSES[flags[1]].needs_teacher:
-            words += ['--teacher', options.teacher, '--teacher-cache', str(options.out / f'logits-{seed}')]
-        log = options.out / 'logs' / folder / f'{experiment}.txt'
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, 'w') as stream:
-            environment = {'OMP_NUM_THREADS': '1', **os.environ}
-            code = subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
-        if code:
-            said = log.read_text().splitlines()[-3:]
-            raise SystemExit('\n'.join([*said, f'{shlex.join(words)}: code {code}, {log}']))
-        print(f'{folder}/{experiment}: top-1 {self.top1_of(folder, experiment):.2f}', flush=True)
+            commands[experiment] += [
+                '--teacher', options.teacher, '--teacher-cache', str(options.out / f'logits-{seed}')]
+    train(commands, options.out / folder)
 
 
 if __name__ == '__main__':

@@ -177,7 +177,7 @@ def _check_forward(
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
             flags = ['in_chans', 'gp', 'model_kwargs']
             flags += ['naflex_patch_sizes'] if args.naflex_loader else ['input_size', 'img_size', 'train_img_sizes']
-            suspects = [given(args, dest) for dest in flags if given(args, dest)]
+            suspects = [flag for dest in flags if (flag := given(args, dest))]
             suspects += ['--batch-size 1'] if num_images == 1 else []
             usual = '--model (to naflexvit_base_patch16_gap, say)' if args.naflex_loader else '--img-size'
             raise UsageError(
